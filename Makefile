@@ -1,0 +1,45 @@
+# Every target makes .venv first when it is missing or older than pyproject.toml or constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up .venv (downloads about 3 GB the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $(STAMP)
+
+setup: $(STAMP)  ## install the project and its tools into .venv
+
+demo: $(STAMP)  ## the whole pipeline on generated videos: shards, search, training, report, MLflow
+	$(BIN)/sagsm run demo
+
+test: $(STAMP)  ## the tests, without the slow ones (under 12 minutes on 2 cores)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs
+	$(BIN)/pytest -m slow
+
+check: $(STAMP)  ## ruff, format, types, import rules, tests: what CI runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m "not slow"
+
+bench: $(STAMP)  ## measure loader and networks against their baselines
+	$(BIN)/python tests/benchmarks/bench_loader.py
+
+format: $(STAMP)  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches; work/ (artifacts, MLflow) stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,100 @@
+"""The Ray cluster: one of our own on this machine, or one that is already there (`--address`)."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from infra.errors import ClusterError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OBJECT_STORE_BYTES = 256 * 2**20  # data goes through files, so that only small manifests pass through Ray's object store
+_TASK_OOM_RETRIES = 3  # Ray's own default is to try a task that is too big for ever
+
+
+def checkout() -> Path:
+    """The folder that holds our packages; a remote cluster gets it as working directory, so that it runs this very code."""
+    return Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def session(address: str | None) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start one on this machine that ends with the `with` block.
+
+    Raises:
+        ClusterError: if nothing answers at `address`.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address:
+        excludes = (checkout() / ".rayignore").read_text().split() if (checkout() / ".rayignore").exists() else []
+        options |= {"address": address, "runtime_env": {"working_dir": str(checkout()), "excludes": excludes}}
+    else:
+        system = {"task_oom_retries": _TASK_OOM_RETRIES}
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_system_config": system}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise ClusterError(f"no Ray cluster {where}: {error}; check `ray status`, or leave --address out to use this machine") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def stop() -> None:
+    """End the connection, and with it the cluster if it is ours; safe to call twice and after a signal."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def resources() -> dict[str, float]:
+    """CPUs and GPUs of the connected cluster, used or not."""
+    import ray
+
+    found = ray.cluster_resources()
+    return {"CPU": found.get("CPU", 0.0), "GPU": found.get("GPU", 0.0)}
+
+
+def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, arguments: dict[str, Any]) -> R:
+    """Run `function(**arguments)` in a worker process of the cluster and return its result.
+
+    Args:
+        function: from an importable module.
+        num_cpus: cores to reserve; torch is told to use as many threads.
+        num_gpus: GPUs to reserve.
+        arguments: keyword arguments; small, since they travel through Ray's object store.
+
+    Raises:
+        ClusterError: if the cluster has not what is asked for, or the worker process died three times.
+    """
+    import ray
+
+    have = resources()
+    if have["CPU"] < num_cpus or have["GPU"] < num_gpus:
+        raise ClusterError(
+            f"{function.__name__} asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs; the cluster has {have['CPU']:g} and {have['GPU']:g}"
+        )
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=2)(_call)
+    try:
+        result: R = ray.get(task.remote(function, arguments))
+        return result
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+        raise ClusterError(f"the worker process that ran {function.__name__} died three times: {error}") from error
+
+
+def _call(function: Callable[..., R], arguments: dict[str, Any]) -> R:
+    return function(**arguments)

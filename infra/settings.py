@@ -1,0 +1,108 @@
+"""Settings: frozen pydantic models, and the one way to override them (dotted names, `train.learning_rate=0.02`).
+
+Every package declares its own settings beside the code that they configure; `pipelines/config.py` puts them together. The
+shell's `--set`, an experiment's variants and a trial of the search all go through `apply_overrides`, so each trial can be rerun
+by hand.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an error message about an unknown `name`: the nearest of `choices`, or all of them.
+
+    Example:
+        >>> nearest("lr_rate", ["learning_rate", "epochs"])
+        'did you mean learning_rate?'
+    """
+    known = sorted(set(choices))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}"
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn `["train.epochs=3"]` into `{"train.epochs": 3}`; values are read as YAML.
+
+    Raises:
+        ConfigError: if an item has no `=`, an empty name, or a value that is not YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set got {assignment!r}; expected NAME=VALUE, for example --set train.epochs=3")
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of --set {assignment!r} is not YAML: {error}; put it in quotes") from error
+    return overrides
+
+
+def setting_names(settings: Settings, prefix: str = "") -> list[str]:
+    """All dotted names below `settings`, sections before their members."""
+    names = []
+    for name in type(settings).model_fields:
+        names.append(prefix + name)
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            names += setting_names(value, f"{prefix}{name}.")
+    return names
+
+
+def apply_overrides(settings: S, overrides: Mapping[str, Any]) -> S:
+    """A copy of `settings` in which each dotted name of `overrides` has its new value.
+
+    Raises:
+        ConfigError: if a name is no setting (the nearest ones are named) or a value is not allowed.
+    """
+    tree = settings.model_dump()
+    names = setting_names(settings)
+    for dotted, value in overrides.items():
+        if dotted not in names:
+            raise ConfigError(f"{dotted} is not a setting; {_nearest_setting(dotted, names)}")
+        *sections, last = dotted.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
+        branch[last] = value
+    try:
+        return type(settings).model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain_validation_error(error)) from error
+
+
+def explain_validation_error(error: ValidationError) -> str:
+    """One line for each wrong setting: its dotted name, what was found, what was expected."""
+    lines = []
+    for item in error.errors():
+        dotted = ".".join(str(part) for part in item["loc"])
+        found = f" (found {item['input']!r})" if item["type"] != "missing" else ""
+        lines.append(f"{dotted or 'settings'}: {item['msg']}{found}")
+    return "; ".join(lines)
+
+
+def _nearest_setting(dotted: str, names: list[str]) -> str:
+    """Prefer names with the same last part, since a wrong section is the commonest slip."""
+    last = dotted.rsplit(".", 1)[-1]
+    same_last = [name for name in names if name.rsplit(".", 1)[-1] == last]
+    if same_last:
+        return f"did you mean {' or '.join(same_last)}?"
+    section = dotted.rpartition(".")[0]
+    siblings = [name for name in names if name.rpartition(".")[0] == section]
+    return nearest(dotted, siblings or names)

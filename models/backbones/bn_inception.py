@@ -1,0 +1,148 @@
+"""BN-Inception.
+
+Ioffe, Szegedy: Batch Normalization, ICML 2015, https://arxiv.org/abs/1502.03167, in the Caffe form that the TSN family uses
+(https://github.com/yjxiong/tensorflow-model-zoo.torch): every convolution has a bias, and pooling rounds sizes up. Layers have
+their published names, so published weights load by name.
+
+Legend: N frames, C channels, H x W map. A name such as x_NCHW gives the axes.
+
+Against the published form: the last pooling takes the mean of a map of any size (7 x 7 there), and in the blocks that halve the
+map (3c, 4e) a map with an odd side is padded for max pooling, where the published network fails to join its branches.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _Block(NamedTuple):
+    """Output channels of the convolutions of one Inception block, and how its pooling branch pools.
+
+    A block without `one` and `proj` halves the map: stride 2 in its 3 x 3 branches, and max pooling that is passed on as it is.
+    """
+
+    one: int
+    three_reduce: int
+    three: int
+    double_reduce: int
+    double: int
+    pool: str
+    proj: int
+
+    @property
+    def stride(self) -> int:
+        return 1 if self.one else 2
+
+    def out_channels(self, in_channels: int) -> int:
+        return self.one + self.three + self.double + (self.proj or in_channels)
+
+
+BLOCKS = {
+    "3a": _Block(64, 64, 64, 64, 96, "avg", 32),
+    "3b": _Block(64, 64, 96, 64, 96, "avg", 64),
+    "3c": _Block(0, 128, 160, 64, 96, "max", 0),
+    "4a": _Block(224, 64, 96, 96, 128, "avg", 128),
+    "4b": _Block(192, 96, 128, 96, 128, "avg", 128),
+    "4c": _Block(160, 128, 160, 128, 160, "avg", 128),
+    "4d": _Block(96, 128, 192, 160, 192, "avg", 128),
+    "4e": _Block(0, 128, 192, 192, 256, "max", 0),
+    "5a": _Block(352, 192, 320, 160, 224, "avg", 128),
+    "5b": _Block(352, 192, 320, 192, 224, "max", 128),
+}
+
+MakeSlotModule = Callable[[str, int], nn.Module]
+"""(slot, channels) -> the module that stands in the slot; input and output [N, channels, H, W]."""
+
+
+class BNInception(nn.Module):
+    """BN-Inception without its classifier, with ten slots for temporal modules.
+
+    A slot is named after its block. It lies in the first branch (1x1, or 3x3_reduce in blocks without a 1x1), between that
+    branch's convolution and its batch norm, and its module is named `gsm_inception_<block>_<branch>`.
+
+    Weights are random: He et al. 2015 (normal, fan in) for convolutions, zero biases, ones and zeros for batch norms. Nothing
+    is downloaded; `models.load_published_weights` loads a file.
+
+    Args:
+        make_slot_module: makes the module of each slot; without it slots stay empty (TSN).
+
+    Shape:
+        input: [N, 3, H, W], H and W at least 32. Output: [N, 1024]. A channels_last input stays channels_last throughout.
+    """
+
+    num_features = 1024
+
+    def __init__(self, make_slot_module: MakeSlotModule | None = None) -> None:
+        super().__init__()
+        self._add_unit("conv1_7x7_s2", 3, 64, kernel_size=7, stride=2)
+        self._add_unit("conv2_3x3_reduce", 64, 64, kernel_size=1)
+        self._add_unit("conv2_3x3", 64, 192, kernel_size=3)
+        channels = 192
+        for slot, block in BLOCKS.items():
+            self._add_block(slot, block, channels, make_slot_module)
+            channels = block.out_channels(channels)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Features of frames: [N, 3, H, W] to [N, 1024]."""
+        x = self._unit("conv1_7x7_s2", x_NCHW)
+        x = functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+        x = self._unit("conv2_3x3_reduce", x)
+        x = self._unit("conv2_3x3", x)
+        x = functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+        for slot, block in BLOCKS.items():
+            x = self._block(slot, block, x)
+        return x.mean(dim=(2, 3))
+
+    def _add_block(self, slot: str, block: _Block, channels: int, make_slot_module: MakeSlotModule | None) -> None:
+        name = f"inception_{slot}"
+        gated_branch, gated_channels = ("1x1", block.one) if block.one else ("3x3_reduce", block.three_reduce)
+        if block.one:
+            self._add_unit(f"{name}_1x1", channels, block.one, kernel_size=1)
+        self._add_unit(f"{name}_3x3_reduce", channels, block.three_reduce, kernel_size=1)
+        self._add_unit(f"{name}_3x3", block.three_reduce, block.three, kernel_size=3, stride=block.stride)
+        self._add_unit(f"{name}_double_3x3_reduce", channels, block.double_reduce, kernel_size=1)
+        self._add_unit(f"{name}_double_3x3_1", block.double_reduce, block.double, kernel_size=3)
+        self._add_unit(f"{name}_double_3x3_2", block.double, block.double, kernel_size=3, stride=block.stride)
+        if block.proj:
+            self._add_unit(f"{name}_pool_proj", channels, block.proj, kernel_size=1)
+        if make_slot_module:
+            self.add_module(f"gsm_{name}_{gated_branch}", make_slot_module(slot, gated_channels))
+
+    def _block(self, slot: str, block: _Block, x: Tensor) -> Tensor:
+        name = f"inception_{slot}"
+        three = self._unit(f"{name}_3x3", self._unit(f"{name}_3x3_reduce", x))
+        double = self._unit(f"{name}_double_3x3_1", self._unit(f"{name}_double_3x3_reduce", x))
+        double = self._unit(f"{name}_double_3x3_2", double)
+        if not block.one:
+            return torch.cat((three, double, _halve(x)), dim=1)
+        pool = functional.avg_pool2d if block.pool == "avg" else functional.max_pool2d
+        projected = self._unit(f"{name}_pool_proj", pool(x, kernel_size=3, stride=1, padding=1))
+        return torch.cat((self._unit(f"{name}_1x1", x), three, double, projected), dim=1)
+
+    def _add_unit(self, name: str, in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> None:
+        """A convolution and the batch norm behind it, under their published names; initialised as the class says."""
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        self.add_module(name, conv)
+        self.add_module(f"{name}_bn", nn.BatchNorm2d(out_channels))
+
+    def _unit(self, name: str, x: Tensor) -> Tensor:
+        """Convolution, the slot's module if there is one, batch norm, ReLU."""
+        x = self.get_submodule(name)(x)
+        slot_module = self._modules.get(f"gsm_{name}")
+        if slot_module is not None:
+            x = slot_module(x)
+        return functional.relu(self.get_submodule(f"{name}_bn")(x), inplace=True)
+
+
+def _halve(x_NCHW: Tensor) -> Tensor:
+    """Max pooling to the size that a 3 x 3 convolution of stride 2 gives. The map is a ReLU's, so zero padding is neutral."""
+    odd_height, odd_width = x_NCHW.shape[2] % 2, x_NCHW.shape[3] % 2
+    if odd_height or odd_width:
+        x_NCHW = functional.pad(x_NCHW, (0, odd_width, 0, odd_height))
+    return functional.max_pool2d(x_NCHW, kernel_size=3, stride=2, ceil_mode=True)

@@ -1,0 +1,127 @@
+"""From clips to logits: a backbone on every frame, then one linear layer, then the mean over segments.
+
+Wang et al.: Temporal Segment Networks, ECCV 2016, https://arxiv.org/abs/1608.00859. The names `base_model` and `new_fc`
+and the initial values of `new_fc` are those of the code that TSN, TSM, GSM and SA-GSM share.
+
+Legend: B clips, T segments, N = B * T frames (clips outermost), K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+INPUT_FORMATS = {
+    "unit_rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "caffe_bgr": ((104.0, 117.0, 128.0), (1.0, 1.0, 1.0)),
+}
+"""name -> mean and deviation of each channel, in units of a byte (0 to 255) and in the network's order of channels: `unit_rgb`
+has ImageNet's (0.485 and 0.229 of 255, ...), `caffe_bgr` those that the published BN-Inception expects."""
+
+ROLES = ("weight", "bias", "norm", "gate", "gamma")
+
+
+class VideoClassifier(nn.Module):
+    """Classify clips by the mean of their frames' logits (segment consensus).
+
+    Args:
+        backbone: frames [N, 3, H, W] to features [N, num_features]; says `num_features`.
+        num_classes: K, at least 1.
+        num_segments: T, at least 1; clips of another length are refused.
+        dropout: probability in [0, 1) that a feature is dropped before the linear layer, in training.
+        input_format: what `prepare` makes of bytes: "unit_rgb" or "caffe_bgr" (needed for published weights).
+
+    Shape:
+        input: float [B, T, 3, H, W], H and W at least 32. Output: logits [B, K].
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, *, num_classes: int, num_segments: int, dropout: float = 0.5, input_format: str = "unit_rgb"
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or num_segments < 1:
+            raise ValueError(f"num_classes is {num_classes} and num_segments is {num_segments}; both must be at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it is a probability in [0, 1)")
+        if input_format not in INPUT_FORMATS:
+            raise ValueError(f"input format {input_format!r} is not known; known are: {', '.join(INPUT_FORMATS)}")
+        self.num_classes = num_classes
+        self.num_segments = num_segments
+        self.input_format = input_format
+        self.base_model = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.new_fc = nn.Linear(int(backbone.num_features), num_classes)  # type: ignore[arg-type]  # "Tensor | Module"
+        nn.init.normal_(self.new_fc.weight, std=0.001)
+        nn.init.zeros_(self.new_fc.bias)
+        mean, std = INPUT_FORMATS[input_format]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def prepare(self, clips_BT3HW: Tensor) -> Tensor:
+        """Turn bytes into what `forward` takes, on the device where clips and network are.
+
+        The frames that come back lie in channels_last memory, in which the network trains about twice as fast.
+
+        Shape:
+            input: uint8 RGB [B, T, 3, H, W]. Output: the same shape in the network's float type; channels in the order of
+            `input_format`.
+
+        Raises:
+            ValueError: if the clips are not uint8.
+        """
+        if clips_BT3HW.dtype != torch.uint8:
+            raise ValueError(f"prepare got clips of {clips_BT3HW.dtype}, but needs the bytes of RGB frames (torch.uint8)")
+        frames = clips_BT3HW.flatten(0, 1)
+        if self.input_format == "caffe_bgr":
+            frames = frames.flip(1)
+        frames = frames.to(self.mean.dtype, memory_format=torch.channels_last)
+        return frames.sub_(self.mean).div_(self.std).view(clips_BT3HW.shape)
+
+    def forward(self, clips_BT3HW: Tensor) -> Tensor:
+        """Logits of clips: float [B, T, 3, H, W] to [B, K].
+
+        Raises:
+            ValueError: if the clips have another number of segments than the network was made for, or another rank.
+        """
+        if clips_BT3HW.dim() != 5 or clips_BT3HW.shape[1:3] != (self.num_segments, 3):
+            expected = f"[B, {self.num_segments}, 3, H, W]"
+            raise ValueError(f"the network got clips of shape {list(clips_BT3HW.shape)}, but was made for {expected}")
+        features = self.base_model(clips_BT3HW.flatten(0, 1))
+        logits_NK: Tensor = self.new_fc(self.dropout(features))
+        return logits_NK.view(-1, self.num_segments, self.num_classes).mean(dim=1)
+
+
+def parameter_roles(model: nn.Module) -> dict[str, list[str]]:
+    """Sort a network's trainable parameters by what an optimiser should do with them.
+
+    Args:
+        model: any network of this package; parameters that need no gradient are left out.
+
+    Returns:
+        The names of the parameters of each role: "norm" (scale and shift of batch norms), "gamma" (of SelfAttention), "bias"
+        (of convolutions and linear layers), "gate" (kernels of GateShift), "weight" (the others). Each name is in one role.
+
+    Example:
+        >>> parameter_roles(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))["norm"]
+        ['1.weight', '1.bias']
+    """
+    roles: dict[str, list[str]] = {role: [] for role in ROLES}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            if parameter.requires_grad:
+                roles[_role(module, name)].append(name)
+    return roles
+
+
+def _role(module: nn.Module, name: str) -> str:
+    if isinstance(module, nn.BatchNorm2d):
+        return "norm"
+    if name.endswith("gamma"):
+        return "gamma"
+    if name.endswith("bias"):
+        return "bias"
+    return "gate" if name.endswith("conv3D.weight") else "weight"

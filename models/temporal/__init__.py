@@ -1,0 +1,1 @@
+"""Modules that carry information across segments or positions; each stands in a slot of a backbone. One paper a file."""

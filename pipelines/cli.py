@@ -1,0 +1,237 @@
+"""The command line: `sagsm plan | run | experiments | models | ui | shards`.
+
+Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
+standard error. Errors that a user can mend are one message and exit code 2.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from infra.errors import SagsmError
+
+app = typer.Typer(
+    name="sagsm",
+    help="Video action recognition as a DAG: raw videos -> shards -> search -> SA-GSM -> report, on Ray, recorded in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+shards_app = typer.Typer(help="Look at a shard set (a folder with dataset.json).", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(shards_app, name="shards")
+
+Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `sagsm experiments` lists them.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; repeat for more: --set train.epochs=3")
+]
+OnlyOption = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Just this stage and what it needs.")]
+WorkdirOption = Annotated[Path, typer.Option("--workdir", metavar="DIR", help="Holds the store and the embedded MLflow.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+def main() -> None:
+    """Entry point of the console script: user errors become a message and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except SagsmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def plan(
+    experiment: Experiment,
+    set_: SetOption = None,
+    only: OnlyOption = None,
+    workdir: WorkdirOption = Path("work"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show the stages of an experiment: which are cached, which will run, and why. Runs nothing.
+
+    Example: sagsm plan demo --set search.num_trials=6
+    """
+    from pipelines.run import plan_experiment
+
+    planned = plan_experiment(_request(experiment, set_, only, workdir, None))
+    if as_json:
+        rows = [
+            {
+                "name": item.stage.name,
+                "needs": list(item.stage.needs),
+                "status": "cached" if item.artifact else "run",
+                "reason": item.reason,
+                "fingerprint": item.fingerprint,
+                "path": str(item.artifact.path) if item.artifact else None,
+            }
+            for item in planned
+        ]
+        _print_json({"stages": rows})
+        return
+    print(f"{'stage':<10}{'needs':<42}{'status':<8}why")
+    for item in planned:
+        status = "cached" if item.artifact else "run"
+        print(f"{item.stage.name:<10}{', '.join(item.stage.needs) or '-':<42}{status:<8}{item.reason}".rstrip())
+
+
+@app.command()
+def run(
+    experiment: Experiment,
+    set_: SetOption = None,
+    only: OnlyOption = None,
+    workdir: WorkdirOption = Path("work"),
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="ADDR", help="A running Ray cluster; without it one starts on this machine.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run an experiment: every stage that is not cached. Interrupted or failed, the same command goes on from there.
+
+    Example: sagsm run demo --set search.num_trials=6
+    """
+    from infra.progress import StageProgress
+    from pipelines.run import Interrupted, run_experiment
+
+    request = _request(experiment, set_, only, workdir, address)
+    try:
+        with StageProgress() as progress:
+            outcome = run_experiment(request, progress)
+    except Interrupted as interrupt:
+        print(f"stopped by {interrupt}; go on with: {_command('run', experiment, set_, only, workdir)}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(128 + interrupt.number)  # stage threads may hang in a call to the cluster that is gone
+    if as_json:
+        _print_json(_run_document(outcome))
+    if outcome.error is not None:
+        raise outcome.error
+    if not as_json:
+        _print_outcome(outcome, request, set_)
+
+
+def _run_document(outcome: Any) -> dict[str, Any]:
+    stages = [
+        {
+            "name": result.name,
+            "status": result.status,
+            "seconds": round(result.seconds, 3),
+            "fingerprint": result.fingerprint,
+            "path": str(result.artifact.path) if result.artifact else None,
+            "mlflow_run_id": result.mlflow_run_id,
+            "error": str(result.error) if result.error else None,
+        }
+        for result in outcome.stages
+    ]
+    return {"stages": stages, "results": outcome.numbers}
+
+
+def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
+    numbers = outcome.numbers
+    if numbers:
+        print(
+            f"\n{request.config.evaluate.split} top-1 {numbers['top1']:.1%}, top-5 {numbers['top5']:.1%}, "
+            f"mean class accuracy {numbers['mean_class_accuracy']:.1%}"
+        )
+    report = next((result.artifact for result in outcome.stages if result.name == "report" and result.artifact), None)
+    if report:
+        print(f"report:    {report.path / 'index.html'}")
+    ui = f"sagsm ui --workdir {request.workdir}"
+    if outcome.mlflow_path:
+        print(f"MLflow:    {ui}   then http://127.0.0.1:5000/{outcome.mlflow_path.lstrip('/')}")
+    else:
+        print(f"MLflow:    {ui}")
+    more = [*(set_ or []), f"search.num_trials={request.config.search.num_trials + 4}"]
+    print(f"next:      {_command('run', request.experiment, more, None, request.workdir)}")
+
+
+@app.command()
+def experiments(as_json: JsonOption = False) -> None:
+    """List the experiments, and what each reproduces or shows."""
+    from pipelines.experiments import EXPERIMENTS
+
+    described = {name: " ".join((function.__doc__ or "").split("\n\n")[0].split()) for name, function in EXPERIMENTS.items()}
+    if as_json:
+        _print_json({"experiments": [{"name": name, "description": text} for name, text in described.items()]})
+        return
+    _print_table(("experiment", "what it does"), list(described.items()))
+    print("next: sagsm plan NAME")
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the networks and their numbers of parameters (174 classes, 8 segments)."""
+    from models import create_model, list_models
+
+    counts = {
+        name: sum(parameter.numel() for parameter in create_model(name, num_classes=174, num_segments=8).parameters())
+        for name in list_models()
+    }
+    if as_json:
+        _print_json({"models": [{"name": name, "parameters": count} for name, count in counts.items()]})
+        return
+    _print_table(("network", "parameters"), [(name, f"{count:,}") for name, count in counts.items()])
+
+
+@app.command()
+def ui(
+    workdir: WorkdirOption = Path("work"),
+    host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback shows your runs to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow on the runs of a work directory, and print the link to the runs page. Ctrl-C ends it."""
+    from infra.tracking import serve_ui, tracking_uri
+
+    serve_ui(tracking_uri(workdir.absolute()), workdir.absolute() / "mlflow-artifacts", host, port)
+
+
+@shards_app.command("verify")
+def shards_verify(folder: Annotated[Path, typer.Argument(help="Folder with dataset.json.")], as_json: JsonOption = False) -> None:
+    """Read every shard and compare it with its hash and its index; exit code 2 when something is wrong."""
+    from infra.errors import DataError
+    from preprocessing.index import verify_shards
+
+    problems = verify_shards(folder)
+    if as_json:
+        _print_json({"problems": problems})
+    if problems:
+        raise DataError(f"{len(problems)} problems in {folder}: " + "; ".join(problems[:10]))
+    if not as_json:
+        print(f"{folder}: every shard has the bytes that were written")
+
+
+def _request(experiment: str, set_: list[str] | None, only: str | None, workdir: Path, address: str | None) -> Any:
+    from infra.settings import apply_overrides, parse_assignments
+    from pipelines.experiments import find_experiment
+    from pipelines.run import Request
+
+    config = apply_overrides(find_experiment(experiment)(), parse_assignments(set_ or []))
+    return Request(experiment, config, workdir.absolute(), address, only)
+
+
+def _command(verb: str, experiment: str, set_: list[str] | None, only: str | None, workdir: Path) -> str:
+    import shlex
+
+    parts = ["sagsm", verb, experiment]
+    for assignment in set_ or []:
+        parts += ["--set", assignment]
+    if only:
+        parts += ["--only", only]
+    if workdir != Path("work") and workdir != Path("work").absolute():
+        parts += ["--workdir", str(workdir)]
+    return shlex.join(parts)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

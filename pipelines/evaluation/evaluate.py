@@ -1,0 +1,129 @@
+"""Scores of every clip of a split, each clip once: centre frames, centre crop, the network's consensus over segments.
+
+Heavy imports are inside functions, since every command reads `EvaluateSettings`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from infra.errors import PipelineError
+from infra.progress import OnProgress
+from infra.settings import Settings
+from infra.storage import atomic_path
+from pipelines.evaluation.metrics import summarise
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.classifier import VideoClassifier
+    from preprocessing.loader import Batch
+
+
+class EvaluateSettings(Settings):
+    """How a trained network is judged.
+
+    Attributes:
+        split: of the shard set; Something-Something's own test split has no labels, so "validation" is what papers report.
+        batch_size: clips at a time; changes speed and memory, not results.
+        loader_threads: that read and decode frames.
+    """
+
+    split: Literal["train", "validation", "test"] = "validation"
+    batch_size: int = Field(default=16, ge=1)
+    loader_threads: int = Field(default=2, ge=0)
+
+
+class Batches(Protocol):
+    """What `preprocessing.make_loader(train=False)` gives."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> "Iterator[Batch]": ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network says of each clip.
+
+    Attributes:
+        keys: of the videos.
+        labels: class ids, -1 if unlabelled. Shape: [N].
+        logits: float32, before softmax. Shape: [N, K].
+    """
+
+    keys: list[str]
+    labels: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+
+    def summarise(self, label_names: list[str]) -> dict[str, Any]:
+        """Accuracies, confusions and tables; see `metrics.summarise`."""
+        return summarise(self.logits, self.labels, label_names)
+
+    def save(self, path: Path) -> None:
+        """Write a parquet file with a row a clip: key, label (null if unlabelled), scores (list of K floats that sum to 1)."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from scipy.special import softmax
+
+        num_clips, num_classes = self.logits.shape
+        offsets = pa.array(np.arange(num_clips + 1) * num_classes, pa.int32())
+        table = pa.table(
+            {
+                "key": pa.array(self.keys, pa.string()),
+                "label": pa.array(self.labels, pa.int32(), mask=self.labels < 0),
+                "scores": pa.ListArray.from_arrays(offsets, pa.array(softmax(self.logits, axis=1).ravel())),
+            }
+        )
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary)
+
+
+def score_clips(
+    model: "VideoClassifier",
+    loader: Batches,
+    device: "torch.device",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    on_progress: OnProgress | None = None,
+) -> Scores:
+    """Run a network over one epoch of a loader.
+
+    Args:
+        model: on `device`; it is put in evaluation mode for the time being.
+        loader: with train=False.
+        device: where to compute.
+        precision: "bf16" computes convolutions in bfloat16.
+        on_progress: told after each batch.
+
+    Raises:
+        PipelineError: if a clip comes twice, or none comes.
+    """
+    import torch
+
+    keys: list[str] = []
+    labels, logits = [], []
+    started = monotonic()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            for done, batch in enumerate(loader, start=1):
+                logits.append(model(model.prepare(batch.clips.to(device, non_blocking=True))).float().cpu())
+                labels.append(batch.labels)
+                keys += batch.keys
+                if on_progress:
+                    on_progress(done, len(loader), f"{len(keys) / max(monotonic() - started, 1e-9):.0f} clips/s")
+    finally:
+        model.train(was_training)
+    if not keys or len(set(keys)) != len(keys):
+        raise PipelineError(
+            f"found {len(keys)} clips of {len(set(keys))} videos; expected one clip of each video, at least one; "
+            "evaluate with a loader of train=False and world_size=1"
+        )
+    return Scores(keys, torch.cat(labels).numpy(), torch.cat(logits).numpy())

@@ -1,0 +1,130 @@
+"""The report: one page that says first what came out, then why to doubt it, then everything it rests on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.reports.page import data_uri, percent, write_page
+
+FILE_NAME = "index.html"
+_FEW_CLIPS = 100
+_CAPTIONS = {
+    "curves": "Loss, top-1, learning rate and the strength of attention by epoch.",
+    "confusion": "Rows are true classes, columns the network's answers; colour is the share of the true class.",
+    "search": "Left: what each trial reached. Right: which of BN-Inception's ten slots carried attention in the best trials.",
+}
+
+
+def verdict(evaluation: Mapping[str, Any]) -> str:
+    """The result in one sentence.
+
+    Args:
+        evaluation: as `Scores.summarise` gives it, with `split` if it is known.
+
+    Example:
+        >>> verdict({"top1": 0.9, "split": "validation", "num_clips": 20, "num_classes": 8, "chance": 0.125})
+        'Top-1 is 90.0 % on 20 validation clips of 8 classes; chance is 12.5 %.'
+    """
+    split = f"{evaluation['split']} " if evaluation.get("split") else ""
+    return (
+        f"Top-1 is {percent(evaluation['top1'])} on {evaluation['num_clips']} {split}clips "
+        f"of {evaluation['num_classes']} classes; chance is {percent(evaluation['chance'])}."
+    )
+
+
+def doubts(evaluation: Mapping[str, Any], *, num_trials: int) -> list[str]:
+    """Sentences on what the numbers do not show, the gravest first.
+
+    Args:
+        evaluation: as `Scores.summarise` gives it, with `split` if it is known.
+        num_trials: of the search that chose the settings.
+    """
+    return list(_doubts(evaluation, num_trials))
+
+
+def write_report(
+    output_dir: Path,
+    *,
+    title: str,
+    stages: Sequence[Mapping[str, Any]],
+    dataset: Mapping[str, Any],
+    search: Mapping[str, Any] | None,
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Any],
+    figures: Mapping[str, Path],
+    config_yaml: str,
+    links: Mapping[str, str],
+) -> Path:
+    """Write the report as one file without scripts, which loads nothing.
+
+    Args:
+        output_dir: an existing folder; the page is `index.html` in it.
+        title: of the page.
+        stages: dicts of `name`, `status`, `seconds` (None if it did not run), `fingerprint`.
+        dataset: what to say of the data; nested dicts get dotted names.
+        search: dict with `trials`, the rows of `tuning.leaderboard`; None if nothing was searched.
+        history: epochs as `EpochMetrics.to_json` gives them.
+        evaluation: as `Scores.summarise` gives it, with `split`.
+        figures: PNG files by name, in the order of the page; "curves", "confusion" and "search" get captions.
+        config_yaml: all settings.
+        links: addresses by name.
+
+    Returns:
+        the page.
+    """
+    trials = list(search["trials"]) if search else []
+    gammas = history[-1]["gammas"] if history else {}
+    strongest = max((abs(gamma) for gamma in gammas.values()), default=0.0) or 1.0
+    values = {
+        "title": title,
+        "verdict": verdict(evaluation),
+        "doubts": doubts(evaluation, num_trials=len(trials)),
+        "evaluation": evaluation,
+        "figures": {name: data_uri(path) for name, path in figures.items()},
+        "captions": {name: _CAPTIONS.get(name, "") for name in figures},
+        "trials": trials,
+        "gammas": [(slot, gamma, abs(gamma) / strongest) for slot, gamma in gammas.items()],
+        "stages": stages,
+        "dataset": list(_dotted(dataset)),
+        "links": links,
+        "config_yaml": config_yaml,
+    }
+    return write_page(output_dir / FILE_NAME, "report.html", values)
+
+
+def _doubts(evaluation: Mapping[str, Any], num_trials: int) -> Iterator[str]:
+    low, high = evaluation["top1_interval"]
+    split = evaluation.get("split", "")
+    if low <= evaluation["chance"]:
+        yield f"Guessing ({percent(evaluation['chance'])}) is inside the interval of top-1: this may be no better than chance."
+    elif low <= evaluation["largest_class_share"]:
+        yield (
+            f"Always answering the commonest class would reach {percent(evaluation['largest_class_share'])}, "
+            "which is inside the interval of top-1."
+        )
+    if split == "train":
+        yield "The clips were trained on: this is memory, not skill."
+    if split == "validation":
+        chosen = f"the best of {num_trials} trials and the best epoch were" if num_trials > 1 else "the best epoch was"
+        yield f"On this split {chosen} also chosen, so the number is somewhat too high for unseen clips."
+    yield (
+        f"One seed. The interval ({percent(low)} to {percent(high)}) covers the choice of clips, not what another seed of the "
+        "training would change."
+    )
+    if evaluation["num_clips"] < _FEW_CLIPS:
+        yield f"Only {evaluation['num_clips']} clips: one clip more or less is {percent(1 / evaluation['num_clips'])}."
+    if evaluation["absent_classes"]:
+        names = ", ".join(evaluation["absent_classes"][:5])
+        more = "" if len(evaluation["absent_classes"]) <= 5 else ", ..."
+        yield f"{len(evaluation['absent_classes'])} classes have no clip here and are left out of the mean: {names}{more}."
+    if evaluation["num_unlabelled"]:
+        yield f"{evaluation['num_unlabelled']} clips without a label are left out."
+    yield "One view a clip: the centre frames and the centre crop. Published numbers often average several."
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,194 @@
+"""Running an experiment: plan, cluster, MLflow runs, stages, and what is left when a signal comes in between."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from infra import cluster
+from infra.progress import StageProgress
+from infra.storage import require_free_space, write_json
+from infra.tracking import TrackedRun, Tracker, run_url, tracking_uri
+from pipelines.artifacts import Artifact, Store
+from pipelines.config import ExperimentConfig
+from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
+from pipelines.stages import STAGES
+
+_MINIMUM_FREE_BYTES = 200 * 10**6
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        experiment: its name.
+        config: its settings, overrides applied.
+        workdir: absolute folder of the store and of the embedded MLflow.
+        address: of a running Ray cluster; None starts one on this machine.
+        only: name of the one stage that is wanted, with what it needs.
+    """
+
+    experiment: str
+    config: ExperimentConfig
+    workdir: Path
+    address: str | None = None
+    only: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of every stage, the headline numbers, and where MLflow shows them."""
+
+    stages: list[StageResult]
+    numbers: dict[str, float]
+    mlflow_path: str | None
+
+    @property
+    def error(self) -> BaseException | None:
+        """The first failure."""
+        return next((result.error for result in self.stages if result.error), None)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def plan_experiment(request: Request) -> list[PlannedStage]:
+    """What of the experiment is cached and what must run; touches no cluster and writes nothing."""
+    planned = plan(STAGES, request.config, request.experiment, Store(request.workdir / "store"))
+    return select(planned, request.only)
+
+
+def run_experiment(request: Request, progress: StageProgress) -> Outcome:
+    """Run all that is not cached.
+
+    Raises:
+        SagsmError: the plan itself is impossible (raw data, settings, workdir); a failed stage is in the outcome instead.
+        Interrupted: a signal came; workers are stopped, MLflow runs are closed as KILLED, the next run goes on from there.
+    """
+    planned = plan_experiment(request)
+    if all(item.artifact for item in planned):
+        results = run_graph(planned, _must_not_run, lambda result: _say(progress, result))
+        return Outcome(results, _headline(results), None)
+    _prepare_workdir(request.workdir)
+    tracker = Tracker(tracking_uri(request.workdir), f"sagsm-{request.config.dataset.name}", request.workdir / "mlflow-artifacts")
+    with _interruptible(), cluster.session(request.address), _killed_on_interrupt(tracker):
+        pipeline = tracker.start_run(
+            tracker.next_name("p", request.experiment), parent=None, tags={"stage": "pipeline", "experiment": request.experiment}
+        )
+        results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), lambda result: _say(progress, result))
+        numbers = _headline(results)
+        _close_pipeline(pipeline, results, numbers)
+    return Outcome(results, numbers, run_url("", tracker.experiment_id, pipeline.run_id))
+
+
+def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, progress: StageProgress) -> Any:
+    store = Store(request.workdir / "store")
+
+    def run_stage(item: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:
+        stage = item.stage
+        with store.work_on(stage.name, item.fingerprint) as output_dir:
+            finished, _ = store.find(stage.name, item.fingerprint)
+            if finished:
+                return finished
+            run_file = output_dir.with_suffix(".run")
+            tags = {"stage": stage.name, "fingerprint": item.fingerprint, "experiment": request.experiment}
+            tags["pipeline"] = pipeline.name
+            resumed = json.loads(run_file.read_bytes())["run_id"] if run_file.exists() else None
+            with tracker.start_run(
+                f"{stage.name} {pipeline.name.split()[0]}", parent=pipeline.run_id, tags=tags, resume_id=resumed
+            ) as run:
+                write_json(run_file, {"run_id": run.run_id})
+                run.log_params(item.provenance.config)
+                context = StageContext(output_dir, run, tracker, progress.for_stage(stage.name), request.experiment, request.config)
+                sections = {section: getattr(request.config, section) for section in stage.settings}
+                started = time.monotonic()
+                summary = stage.function(context, **inputs, **sections)
+                extra = {
+                    "experiment": request.experiment,
+                    "summary": summary,
+                    "mlflow_run_id": run.run_id,
+                    "seconds": round(time.monotonic() - started, 3),
+                }
+                artifact = store.commit(output_dir, item.provenance, item.fingerprint, extra)
+            run_file.unlink()
+            return artifact
+
+    return run_stage
+
+
+def _must_not_run(item: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:
+    raise AssertionError(f"{item.stage.name} is cached, and so are {list(inputs)}")
+
+
+def _prepare_workdir(workdir: Path) -> None:
+    from infra.errors import PipelineError
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"cannot make the work directory {workdir}: {error}; choose another one with --workdir") from error
+    require_free_space(workdir, _MINIMUM_FREE_BYTES, "a run")
+
+
+def _headline(results: list[StageResult]) -> dict[str, float]:
+    evaluated = next((result.artifact for result in results if result.name == "evaluate" and result.artifact), None)
+    return {} if evaluated is None else {name: value for name, value in evaluated.summary["metrics"].items() if value is not None}
+
+
+def _close_pipeline(pipeline: TrackedRun, results: list[StageResult], numbers: dict[str, float]) -> None:
+    pipeline.log_metrics({f"test/{name}": value for name, value in numbers.items()}, step=0)
+    described = next((result.artifact.summary for result in results if result.name == "report" and result.artifact), None)
+    if described:
+        pipeline.describe(described["markdown"])
+    pipeline.finish("FAILED" if any(result.status == "failed" for result in results) else "FINISHED")
+
+
+def _say(progress: StageProgress, result: StageResult) -> None:
+    progress.close_stage(result.name)
+    text = result.artifact.summary.get("text", "") if result.artifact else ""
+    seconds = f"{result.seconds:6.1f} s" if result.status in ("ran", "failed") else " " * 8
+    progress.say(f"  {result.name:<9} {result.status:<8} {seconds}   {text}".rstrip())
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Interrupted` in the main thread, also while Ray is connected."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _killed_on_interrupt(tracker: Tracker) -> Iterator[None]:
+    """Stages run in threads that a signal does not reach, so their MLflow runs are closed here."""
+    with _interruptible():  # again, since starting Ray has put its own SIGTERM handler in place
+        try:
+            yield
+        except KeyboardInterrupt:
+            tracker.finish_open_runs("KILLED")
+            raise
+        except BaseException:
+            tracker.finish_open_runs("FAILED")
+            raise

@@ -1,0 +1,247 @@
+"""The whole pipeline: one table, and the function of each stage.
+
+    index -> shards -> audit
+                    -> search -> train -> evaluate -> report
+
+A stage takes a context, the artifacts of the stages it needs, and its sections of the experiment; it writes files into
+`context.output_dir` and returns a small summary. Raise a stage's version when its code gives other results for the same input.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra import cluster
+from infra.storage import require_free_space, write_json
+from pipelines.artifacts import Artifact
+from pipelines.config import ExperimentConfig
+from pipelines.evaluation.evaluate import EvaluateSettings
+from pipelines.graph import Stage, StageContext
+from pipelines.training.settings import ModelSettings, TrainSettings
+from preprocessing.datasets import DATASETS, DatasetSettings, index_videos, load_video_index, raw_listing, save_video_index
+from preprocessing.index import finish_shard_set, read_dataset_info
+from preprocessing.shards import ShardSettings, plan_shards
+from preprocessing.synthetic import generate
+from tuning.space import SearchSettings
+
+_MINIMUM_SHARD_BYTES = 50 * 10**6
+
+
+def index(context: StageContext, dataset: DatasetSettings) -> dict[str, Any]:
+    """Annotation files -> videos.parquet and labels.json; a generated dataset is generated first, into `raw/`."""
+    if dataset.synthetic is not None:
+        root = context.output_dir / "raw"
+        generate(dataset.synthetic, root, dataset.name, context.on_progress)
+        where = "raw"
+    else:
+        assert dataset.root is not None  # raw_listing has refused a dataset without any source
+        root = dataset.root.absolute()
+        where = str(root)
+    found = index_videos(dataset, root)
+    save_video_index(found, context.output_dir)
+    splits = {split: int(count) for split, count in _count(found.videos["split"].to_pylist()).items()}
+    context.run.log_metrics({f"videos/{split}": count for split, count in splits.items()})
+    text = f"{found.videos.num_rows:,} videos of {len(found.label_names)} classes"
+    return {"root": where, "dataset": dataset.name, "splits": splits, "num_classes": len(found.label_names), "text": text}
+
+
+def shards(context: StageContext, index: Artifact, shards: ShardSettings) -> dict[str, Any]:
+    """Videos -> WebDataset tars of JPEG frames with their index and ledger (preprocessing/FORMAT.md); Ray tasks."""
+    from preprocessing.tasks import write_shards
+
+    root = index.path / index.summary["root"]
+    found = load_video_index(index.path)
+    require_free_space(context.output_dir, _MINIMUM_SHARD_BYTES, "writing shards")
+    plans = plan_shards(found.videos, shards)
+    write_shards(plans, root, context.output_dir, shards, context.on_progress)
+    counts = finish_shard_set(context.output_dir, found, plans, shards, index.summary["dataset"])
+    info = read_dataset_info(context.output_dir)
+    context.run.log_metrics({f"shards/{name}": counts[name] for name in ("kept", "rejected", "frames", "bytes")})
+    context.run.log_file(context.output_dir / "dataset.json", "conf")
+    text = (
+        f"{counts['kept']:,} videos kept, {counts['rejected']:,} rejected; "
+        f"{counts['frames']:,} frames, {counts['bytes'] / 1e6:,.1f} MB in {len(info.shards)} shards"
+    )
+    return {**counts, "dataset": info.dataset, "label_passport": info.label_passport, "text": text}
+
+
+def audit(context: StageContext, shards: Artifact) -> dict[str, Any]:
+    """Read every shard again, compare it with its hash, and show what is in it: a page with contact sheets and rejects."""
+    from pipelines.reports.audit import write_audit
+
+    summary = write_audit(shards.path, context.output_dir)
+    _log_folder(context, context.output_dir)
+    _log_input(context, shards, "audit")
+    problems = summary["problems"]
+    context.run.log_metrics({"audit/problems": len(problems)})
+    return {**summary, "text": f"{len(problems)} problems" if problems else "every shard has the bytes that were written"}
+
+
+def search(
+    context: StageContext, shards: Artifact, search: SearchSettings, model: ModelSettings, train: TrainSettings
+) -> dict[str, Any]:
+    """Try placements and learning rates: Ray Tune and Optuna; every trial is an MLflow run under this stage's."""
+    from pipelines.evaluation.figures import draw_search
+    from pipelines.training.trial import TrialRuns, run_trial, trial_job
+    from tuning.leaderboard import leaderboard
+    from tuning.search import run_search
+
+    job = trial_job(shards.path, model, train, search, val_split=_val_split(shards))
+    objective = partial(run_trial, job=job, num_threads=search.cpus_per_trial)
+    _log_input(context, shards, "search")
+    with TrialRuns(context.tracker, context.run.run_id) as runs:
+        result = run_search(
+            objective, search, storage_dir=context.output_dir, on_event=runs.on_event, on_progress=context.on_progress
+        )
+    if result.best is None:
+        return {"overrides": {}, "trials": [], "text": "no trials asked for; training goes by the settings"}
+    rows = leaderboard(result, f"sagsm run {context.experiment}")
+    write_json(context.output_dir / "leaderboard.json", rows)
+    (context.output_dir / "figures").mkdir(exist_ok=True)
+    context.run.log_file(draw_search(context.output_dir / "figures" / "search.png", rows), "figures")
+    context.run.log_file(context.output_dir / "leaderboard.json", "tables")
+    best = result.best
+    context.run.log_metrics({"val/top1": best.top1 or 0.0})
+    settings = ", ".join(f"{name}={value}" for name, value in best.overrides.items())
+    return {"overrides": best.overrides, "trials": rows, "text": f"best of {len(rows)} trials, {best.top1:.1%}: {settings}"}
+
+
+def train(context: StageContext, shards: Artifact, search: Artifact, model: ModelSettings, train: TrainSettings) -> dict[str, Any]:
+    """Train with what the search found: Ray Train, data-parallel; goes on from the newest good checkpoint."""
+    from pipelines.evaluation.figures import draw_curves
+    from pipelines.training.job import TrainJob, save_model
+    from pipelines.training.worker import train_on_cluster
+
+    job = TrainJob(context.experiment, shards.path, model, train, val_split=_val_split(shards)).with_overrides(
+        search.summary["overrides"]
+    )
+    context.run.log_params({f"chosen.{name}": value for name, value in search.summary["overrides"].items()})
+    _log_input(context, shards, "train")
+
+    def on_epoch(metrics: Any) -> None:
+        context.run.log_metrics(metrics.to_dict(), step=metrics.epoch)
+        val = "" if metrics.val_top1 is None else f", val top-1 {metrics.val_top1:.1%}"
+        text = f"loss {metrics.train_loss:.3f}{val}, {metrics.clips_per_second:.0f} clips/s"
+        context.on_progress(metrics.epoch + 1, train.epochs, text)
+
+    context.on_progress(0, train.epochs, "epochs; starting workers")
+    result = train_on_cluster(job, storage_dir=context.output_dir, on_epoch=on_epoch)
+    assert result.best is not None
+    assert result.best_weights is not None
+    save_model(context.output_dir / "model", job, result.best_weights)
+    history = [metrics.to_json() for metrics in result.history]
+    write_json(context.output_dir / "history.json", history)
+    (context.output_dir / "figures").mkdir(exist_ok=True)
+    context.run.log_file(draw_curves(context.output_dir / "figures" / "curves.png", history), "figures")
+    context.run.log_file(context.output_dir / "model" / "model.json", "conf")
+    best = result.best
+    text = f"{len(history)} epochs, best val top-1 {best.val_top1:.1%} in epoch {best.epoch + 1}"
+    return {"best_epoch": best.epoch, "best_val_top1": best.val_top1, "epochs": len(history), "text": text}
+
+
+def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate: EvaluateSettings) -> dict[str, Any]:
+    """Score every clip of a split once with the best weights; accuracies, confusions, scores.parquet."""
+    from pipelines.evaluation.figures import draw_confusion
+    from pipelines.training.job import score_model
+
+    have = cluster.resources()
+    summary = cluster.call(
+        score_model,
+        num_cpus=max(1.0, min(have["CPU"], 4.0)),
+        num_gpus=min(have["GPU"], 1.0),
+        arguments={
+            "model_dir": train.path / "model",
+            "shards_dir": shards.path,
+            "settings": evaluate,
+            "scores_path": context.output_dir / "scores.parquet",
+        },
+    )
+    metrics = {name: summary[name] for name in ("top1", "top5", "mean_class_accuracy", "loss")}
+    write_json(context.output_dir / "evaluation.json", {**summary, "split": evaluate.split})
+    (context.output_dir / "figures").mkdir(exist_ok=True)
+    names = read_dataset_info(shards.path).label_names
+    context.run.log_file(draw_confusion(context.output_dir / "figures" / "confusion.png", summary["confusion"], names), "figures")
+    context.run.log_file(context.output_dir / "evaluation.json", "tables")
+    context.run.log_metrics({f"test/{name}": value for name, value in metrics.items()})
+    _log_input(context, shards, evaluate.split)
+    text = f"top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%} on {summary['num_clips']} {evaluate.split} clips"
+    return {"metrics": metrics, "num_clips": summary["num_clips"], "split": evaluate.split, "text": text}
+
+
+def report(
+    context: StageContext, shards: Artifact, audit: Artifact, search: Artifact, train: Artifact, evaluate: Artifact
+) -> dict[str, Any]:
+    """One self-contained page: the verdict, curves, confusions, trials, data, settings; also the text of the MLflow run."""
+    from pipelines.reports.report import verdict, write_report
+
+    evaluation = json.loads((evaluate.path / "evaluation.json").read_bytes())
+    figures = {"curves": train.path / "figures" / "curves.png", "confusion": evaluate.path / "figures" / "confusion.png"}
+    if search.summary["trials"]:
+        figures["search"] = search.path / "figures" / "search.png"
+    made = [shards, audit, search, train, evaluate]
+    kept = {name: shards.summary[name] for name in ("dataset", "label_passport", "kept", "rejected", "frames")}
+    page = write_report(
+        context.output_dir,
+        title=f"sagsm: {context.experiment}",
+        stages=[
+            {"name": item.stage, "status": "done", "seconds": item.manifest["seconds"], "fingerprint": item.fingerprint}
+            for item in made
+        ],
+        dataset=kept,
+        search={"trials": search.summary["trials"]} if search.summary["trials"] else None,
+        history=json.loads((train.path / "history.json").read_bytes()),
+        evaluation=evaluation,
+        figures=figures,
+        config_yaml=config_yaml(context.config),
+        links={"audit of the shards": (audit.path / "page.html").as_uri()},
+    )
+    context.run.log_file(page, "report")
+    for name, figure in figures.items():
+        context.run.log_file(figure, f"figures/{name}")
+    sentence = verdict(evaluation)
+    picture = f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})"
+    markdown = f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`."
+    context.run.describe(markdown)
+    return {"markdown": markdown, "text": sentence}
+
+
+STAGES = [
+    Stage("index", index, settings=("dataset",), raw=lambda config: raw_listing(config.dataset)),
+    Stage("shards", shards, needs=("index",), settings=("shards",)),
+    Stage("audit", audit, needs=("shards",)),
+    Stage("search", search, needs=("shards",), settings=("search", "model", "train")),
+    Stage("train", train, needs=("shards", "search"), settings=("model", "train")),
+    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",)),
+    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate")),
+]
+
+
+def config_yaml(config: ExperimentConfig) -> str:
+    """All settings as YAML."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _val_split(shards: Artifact) -> str:
+    return DATASETS[shards.summary["dataset"]].val_split
+
+
+def _count(values: list[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in dict.fromkeys(values)}
+
+
+def _log_input(context: StageContext, shards: Artifact, purpose: str) -> None:
+    context.run.log_dataset(shards.summary["dataset"], shards.fingerprint, shards.path, purpose)
+    context.run.set_tags({"dataset": shards.summary["dataset"], "label_passport": shards.summary["label_passport"]})
+
+
+def _log_folder(context: StageContext, folder: Path) -> None:
+    """Keep all files of a folder in the run, in the same folders."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            place = str(path.parent.relative_to(folder))
+            context.run.log_file(path, "" if place == "." else place)
+
+

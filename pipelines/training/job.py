@@ -1,0 +1,186 @@
+"""A training job as data, the same for Ray Train's workers and for a trial; and the trained network as files.
+
+    model/model.safetensors   the weights of the best epoch
+          model.json          all that is needed to use them: settings, label names and their passport, best epoch
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import DataError
+from infra.settings import Settings, apply_overrides
+from infra.storage import atomic_path, sha256_file, sha256_json, write_json
+from pipelines.training.metrics import EpochMetrics
+from pipelines.training.settings import ModelSettings, TrainSettings, build_model
+from preprocessing.loader import Loader, make_loader
+from preprocessing.reader import ShardSplit, open_shards
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.classifier import VideoClassifier
+    from pipelines.evaluation.evaluate import EvaluateSettings
+    from pipelines.training.loop import TrainResult
+
+MODEL_FORMAT_VERSION = 1
+
+
+class _Sections(Settings):
+    model: ModelSettings
+    train: TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train on what.
+
+    Attributes:
+        name: shown by Ray; letters, digits, `-` and `_`.
+        shards_dir: a shard set, on a disk that all workers see.
+        model: the network.
+        train: how to train it.
+        train_split: the split to train on.
+        val_split: the split to validate on.
+    """
+
+    name: str
+    shards_dir: Path
+    model: ModelSettings
+    train: TrainSettings
+    train_split: str = "train"
+    val_split: str = "validation"
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "TrainJob":
+        """The job with dotted settings changed, as a trial of the search names them (`train.learning_rate`)."""
+        sections = apply_overrides(_Sections(model=self.model, train=self.train), overrides)
+        return replace(self, model=sections.model, train=sections.train)
+
+
+def train_job(
+    job: TrainJob,
+    *,
+    checkpoint_dir: Path | None,
+    device: "torch.device",
+    rank: int = 0,
+    world_size: int = 1,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+) -> "TrainResult":
+    """Open the shards, build the network and the loaders of this rank, and train; see `loop.train` for arguments and errors."""
+    import torch
+
+    from pipelines.training.loop import train
+
+    train_split, val_split = (open_shards(job.shards_dir, split) for split in (job.train_split, job.val_split))
+    torch.manual_seed(job.train.seed)
+    return train(
+        build_model(job.model, num_classes=len(train_split.label_names), num_segments=job.train.num_segments),
+        _loader(job, train_split, is_train=True, rank=rank, world_size=world_size),
+        _loader(job, val_split, is_train=False, rank=rank, world_size=world_size),
+        job.train,
+        checkpoint_dir=checkpoint_dir,
+        device=device,
+        on_epoch=on_epoch,
+        identity={
+            "model": job.model.model_dump(mode="json"),
+            "label_passport": train_split.label_passport,
+            "clips": [sha256_json(shards.keys) for shards in (train_split, val_split)],
+        },
+    )
+
+
+def save_model(folder: Path, job: TrainJob, weights: Path) -> None:
+    """Write the trained network into `folder`: a copy of `weights` (safetensors) and model.json."""
+    shards = open_shards(job.shards_dir, job.train_split)
+    folder.mkdir(exist_ok=True)
+    with atomic_path(folder / "model.safetensors") as temporary:
+        shutil.copyfile(weights, temporary)
+    write_json(
+        folder / "model.json",
+        {
+            "format_version": MODEL_FORMAT_VERSION,
+            "sha256": sha256_file(folder / "model.safetensors"),
+            "model": job.model.model_dump(mode="json", exclude={"weights"}),
+            "train": job.train.model_dump(mode="json"),
+            "label_names": shards.label_names,
+            "label_passport": shards.label_passport,
+        },
+    )
+
+
+def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str, Any]]":
+    """Read what `save_model` wrote: the network in evaluation mode, the settings it was trained with, and model.json.
+
+    Raises:
+        DataError: if the files are not there, or the weights are not those that were written.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / "model.json"
+    try:
+        facts = json.loads(path.read_bytes())
+        found = sha256_file(folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no model: {error}; expected model.json and model.safetensors, as `train` writes") from error
+    if found != facts["sha256"]:
+        raise DataError(f"{folder / 'model.safetensors'} has SHA-256 {found}, model.json says {facts['sha256']}; train again")
+    settings = TrainSettings.model_validate(facts["train"])
+    model = build_model(
+        ModelSettings.model_validate(facts["model"]), num_classes=len(facts["label_names"]), num_segments=settings.num_segments
+    )
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval(), settings, facts
+
+
+def score_model(model_dir: Path, shards_dir: Path, settings: "EvaluateSettings", scores_path: Path) -> dict[str, Any]:
+    """Score each clip of a split once; writes `scores_path` (parquet) and returns `Scores.summarise`.
+
+    Raises:
+        DataError: if the network was trained for other labels than those of the shards.
+    """
+    import torch
+
+    from pipelines.evaluation.evaluate import score_clips
+    from pipelines.training.loop import resolve_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, train, facts = load_model(model_dir)
+    shards = open_shards(shards_dir, settings.split)
+    if shards.label_passport != facts["label_passport"]:
+        raise DataError(
+            f"{model_dir} was trained for labels {facts['label_passport']}, {shards_dir} has labels {shards.label_passport}; "
+            "evaluate on shards with the same label list"
+        )
+    loader = make_loader(
+        shards,
+        num_segments=train.num_segments,
+        batch_size=settings.batch_size,
+        train=False,
+        seed=train.seed,
+        num_workers=settings.loader_threads,
+        pixels=train.pixels,
+    )
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs know the tensor form only
+    scores = score_clips(model, loader, device, resolve_precision(train.precision, device))
+    scores.save(scores_path)
+    return scores.summarise(shards.label_names)
+
+
+def _loader(job: TrainJob, shards: ShardSplit, *, is_train: bool, rank: int, world_size: int) -> Loader:
+    settings = job.train
+    return make_loader(
+        shards,
+        num_segments=settings.num_segments,
+        batch_size=settings.batch_size,
+        train=is_train,
+        seed=settings.seed,
+        num_workers=settings.loader_threads,
+        pixels=settings.pixels,
+        flip=settings.flip,
+        rank=rank,
+        world_size=world_size,
+        subset=settings.subset if is_train else None,
+    )

@@ -1,0 +1,123 @@
+"""What training reports: sums over clips and ranks that are divided once, and the metrics of an epoch.
+
+A mean of batch means weights the clips of a short last batch more; a mean of rank means does the same. So each rank adds up
+loss, hits and clips, the sums of all ranks are added, and only then is there a division.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TOP5 = 5
+
+
+class Sums:
+    """Sums of loss, top-1 hits, top-5 hits and clips on one rank, in float64, on the device so that adding never waits for it.
+
+    Args:
+        device: where the batches are.
+        values: the four sums to go on from, as `tolist` gave them.
+    """
+
+    def __init__(self, device: torch.device, values: list[float] | None = None) -> None:
+        self._values = torch.tensor(values or [0.0] * 4, dtype=torch.float64, device=device)
+
+    def add(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            losses: of each clip. Shape: [B].
+            logits: Shape: [B, num_classes]; with fewer than five classes every clip is a top-5 hit.
+            labels: int64. Shape: [B].
+        """
+        best = logits.detach().topk(min(TOP5, logits.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        batch = (losses.detach().sum(dtype=torch.float64), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)))
+        self._values += torch.stack([value.to(self._values) for value in batch])
+
+    def tolist(self) -> list[float]:
+        """The four sums of this rank."""
+        values: list[float] = self._values.tolist()
+        return values
+
+    def gather(self) -> list[list[float]]:
+        """The sums of every rank, in the order of the ranks; collective."""
+        if not dist.is_initialized():
+            return [self.tolist()]
+        parts = [torch.empty_like(self._values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, self._values)
+        return [part.tolist() for part in parts]
+
+    def means(self) -> "Means":
+        """Mean loss, top-1 and top-5 over the clips of all ranks; collective."""
+        loss, top1, top5, num_clips = (sum(column) for column in zip(*self.gather(), strict=True))
+        return Means(loss / num_clips, top1 / num_clips, top5 / num_clips, round(num_clips))
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over `num_clips` clips; `top1` and `top5` are fractions."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_clips: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: from 0.
+        step: optimiser updates since the start of training, after this epoch.
+        train_loss: mean over the epoch's clips of the loss that was optimised, each as it was when its clip was shown.
+        train_top1: fraction, measured likewise.
+        val_loss: mean cross-entropy over the validation clips, without label smoothing; None if the epoch was not validated.
+        val_top1: fraction; None if the epoch was not validated.
+        val_top5: fraction; None if the epoch was not validated.
+        learning_rate: of the epoch's last step.
+        seconds: of training and validation.
+        clips_per_second: training clips of all workers over the seconds of training.
+        gammas: strength of attention by slot.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    train_top1: float
+    val_loss: float | None
+    val_top1: float | None
+    val_top5: float | None
+    learning_rate: float
+    seconds: float
+    clips_per_second: float
+    gammas: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, float]:
+        """Names as MLflow shows them: `train/loss`, `val/top1`, `gamma/3a`; without what was not measured."""
+        named = {
+            "train/loss": self.train_loss,
+            "train/top1": self.train_top1,
+            "train/lr": self.learning_rate,
+            "train/clips_per_second": self.clips_per_second,
+            "train/epoch_seconds": self.seconds,
+            "val/loss": self.val_loss,
+            "val/top1": self.val_top1,
+            "val/top5": self.val_top5,
+            **{f"gamma/{slot}": gamma for slot, gamma in self.gammas.items()},
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data from which `EpochMetrics(**data)` makes an equal value."""
+        return asdict(self)
+
+
+def best_epoch(history: list[EpochMetrics]) -> EpochMetrics | None:
+    """The epoch with the highest validation top-1, the first of equals; None if none was validated."""
+    validated = [epoch for epoch in history if epoch.val_top1 is not None]
+    return max(validated, key=lambda epoch: epoch.val_top1 or 0.0, default=None)

@@ -1,0 +1,148 @@
+"""Settings of the network (section `model`) and of its training (section `train`).
+
+The defaults are the preset `fixed` of PAPER_NOTES.md: the recipe of GSM (Sudhakaran et al., CVPR 2020, section 4.2 and its
+published `main.py`) with the multipliers of bias and norm applied as published (D13), one clipping before the step (D15), one
+cosine after the warm-up (D12), validation at each epoch (D17) and a gamma that is trained (D1).
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from infra.errors import ConfigError
+from infra.settings import Settings
+from models import VideoClassifier, create_model, load_published_weights, model_options, parse_placement
+
+_log = logging.getLogger(__name__)
+
+
+class ModelSettings(Settings):
+    """Which network, and what of it can be chosen.
+
+    Attributes:
+        name: a name of `models.list_models()`.
+        placement: the slots that carry attention; any spelling that `models.parse_placement` reads, kept as it prints itself,
+            so that equal placements are equal settings; SA-GSM only.
+        scope: attention within each `frame`, or `joint` over the whole clip; SA-GSM only.
+        value: form of the value path, the published `fused` or equation 3's `bottleneck`; SA-GSM only.
+        interleave: interleave channels after the shift, as published (D10); GSM and SA-GSM.
+        dropout: probability of dropout before the classifier.
+        input_format: `caffe_bgr` for the published ImageNet weights, otherwise `unit_rgb`.
+        weights: file of published weights; None initialises at random.
+    """
+
+    name: str = "sa_gsm_bn_inception"
+    placement: str = "all"
+    scope: Literal["frame", "joint"] = "frame"
+    value: Literal["fused", "bottleneck"] = "fused"
+    interleave: bool = True
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    input_format: Literal["unit_rgb", "caffe_bgr"] = "unit_rgb"
+    weights: Path | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _network_exists(cls, name: str) -> str:
+        model_options(name)
+        return name
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _spell_placement(cls, placement: Any) -> str:
+        return str(parse_placement(placement))
+
+
+class TrainSettings(Settings):
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the training clips.
+        batch_size: clips a worker and step; the effective batch is this times the number of workers.
+        learning_rate: peak of the schedule.
+        momentum: of SGD (Nesterov is not used).
+        weight_decay: on weights of convolutions and linear layers only.
+        warmup_epochs: length of the linear warm-up, which starts at a tenth of the peak; below `epochs`.
+        schedule: `warmup_cosine`, by step, ends at 0.
+        gradient_clip: largest norm of the whole gradient.
+        label_smoothing: share of the target that is spread over all classes.
+        bias_multiplier: learning rate of biases, as a multiple.
+        gamma_multiplier: learning rate of attention's gammas, as a multiple; they have no decay.
+        flip: `swap` mirrors half of the clips and swaps left/right labels, `naive` does not swap, `none` does not mirror (D7).
+        pixels: height and width of the crops.
+        num_segments: T, frames taken from each video; the only place where it is set (D27).
+        precision: `bf16` computes convolutions in bfloat16 over fp32 weights; `auto` takes it where the hardware has it.
+        seed: of the initial weights, the order of clips, the random draws of preprocessing and dropout.
+        num_workers: Ray Train workers; 0 means one a GPU, or one without GPUs.
+        loader_threads: threads of each worker that read and decode.
+        checkpoint_every_steps: steps between checkpoints; 0 writes one at each epoch's end only (which is always written).
+        max_failures: how many lost workers a run survives.
+        validate_every_epochs: the last epoch is always validated.
+        subset: train on this many clips only; None for all.
+    """
+
+    epochs: int = Field(default=60, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup_epochs: float = Field(default=10.0, ge=0)
+    schedule: Literal["warmup_cosine"] = "warmup_cosine"
+    gradient_clip: float = Field(default=20.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    bias_multiplier: float = Field(default=2.0, gt=0)
+    gamma_multiplier: float = Field(default=1.0, gt=0)
+    flip: Literal["swap", "none", "naive"] = "swap"
+    pixels: int = Field(default=224, ge=32)
+    num_segments: int = Field(default=8, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
+    loader_threads: int = Field(default=2, ge=1)
+    checkpoint_every_steps: int = Field(default=0, ge=0)
+    max_failures: int = Field(default=3, ge=0)
+    validate_every_epochs: int = Field(default=1, ge=1)
+    subset: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_training(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}, but training has {self.epochs} epochs; the warm-up must end before"
+            )
+        return self
+
+
+def build_model(settings: ModelSettings, num_classes: int, num_segments: int) -> VideoClassifier:
+    """Make the network that the settings describe, from random or published weights; which of them is logged.
+
+    A setting that was changed though the network has no such option is ignored with a warning.
+
+    Args:
+        settings: the section `model`.
+        num_classes: number of labels.
+        num_segments: T, from `TrainSettings.num_segments`.
+
+    Raises:
+        ConfigError: if the network cannot be made so, or the weights cannot be read or do not fit; the setting is named.
+    """
+    known = model_options(settings.name)
+    for name, field in type(settings).model_fields.items():
+        if name not in (*known, "name", "weights") and getattr(settings, name) != field.default:
+            _log.warning("model.%s=%s is ignored: %s has no such option", name, getattr(settings, name), settings.name)
+    options = {name: getattr(settings, name) for name in known}
+    try:
+        model = create_model(settings.name, num_classes=num_classes, num_segments=num_segments, **options)
+    except ValueError as error:
+        chosen = " ".join(f"model.{name}={value}" for name, value in options.items())
+        raise ConfigError(f"{settings.name} cannot be made with {chosen}: {error}") from error
+    if settings.weights is None:
+        _log.info("%s starts from random weights, since model.weights is not set", settings.name)
+        return model
+    try:
+        load_published_weights(model, settings.weights)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.weights={settings.weights} cannot be used: {error}") from error
+    _log.info("%s starts from the weights in %s", settings.name, settings.weights)
+    return model

@@ -1,0 +1,61 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.errors import ConfigError
+from infra.settings import Settings, apply_overrides, nearest, parse_assignments
+
+
+class Optimiser(Settings):
+    learning_rate: float = 0.1
+    epochs: int = 3
+
+
+class Everything(Settings):
+    train: Optimiser = Optimiser()
+    name: str = "a"
+
+
+@given(rate=st.floats(1e-6, 10), epochs=st.integers(1, 1000))
+def test_overrides_change_what_they_name_and_nothing_else(rate, epochs):
+    changed = apply_overrides(Everything(), {"train.learning_rate": rate, "train.epochs": epochs})
+    assert changed == Everything(train=Optimiser(learning_rate=rate, epochs=epochs))
+    assert Everything() == Everything(train=Optimiser(learning_rate=0.1, epochs=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("train.learning_rat", "did you mean train.learning_rate?"),
+        ("learning_rate", "did you mean train.learning_rate?"),
+        ("search.epochs", "did you mean train.epochs?"),
+        ("nam", "did you mean name?"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(name, hint):
+    with pytest.raises(ConfigError, match="is not a setting") as caught:
+        apply_overrides(Everything(), {name: 1})
+    assert hint in str(caught.value)
+
+
+def test_a_wrong_value_says_what_was_found_and_expected():
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(Everything(), {"train.epochs": "many"})
+    assert "train.epochs" in str(caught.value)
+    assert "integer" in str(caught.value)
+    assert "'many'" in str(caught.value)
+
+
+def test_assignments_are_yaml():
+    got = parse_assignments(["a.b=0.02", "c=3a,4e", "d=true", "e=null", "f=a=b", "g=[1, 2]", "h="])
+    assert got == {"a.b": 0.02, "c": "3a,4e", "d": True, "e": None, "f": "a=b", "g": [1, 2], "h": None}
+
+
+@pytest.mark.parametrize(("text", "message"), [("epochs", "expected NAME=VALUE"), ("=3", "expected NAME=VALUE"), ("a=[1", "is not YAML")])
+def test_a_malformed_assignment_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_assignments([text])
+
+
+def test_nearest_falls_back_to_all():
+    assert nearest("zzz", ["b", "a"]) == "known are: a, b"

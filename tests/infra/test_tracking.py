@@ -1,0 +1,260 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.errors import PipelineError
+from infra.tracking import Tracker, compare_url, experiment_ids, run_url, runs_url, tracking_uri
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Making the 65 tables takes seconds, copying them does not."""
+    folder = tmp_path_factory.mktemp("template")
+    Tracker(f"sqlite:///{folder}/mlflow.db", "template", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def make_tracker(empty_database: Path, tmp_path: Path) -> Callable[[], Tracker]:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return lambda: Tracker(f"sqlite:///{tmp_path}/mlflow.db", "demo", tmp_path / "artifacts")
+
+
+@pytest.fixture
+def tracker(make_tracker: Callable[[], Tracker]) -> Tracker:
+    return make_tracker()
+
+
+def steps_and_values(tracker: Tracker, run_id: str, metric: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in tracker._client.get_metric_history(run_id, metric)]
+
+
+def test_a_run_keeps_params_metrics_tags_inputs_and_files(tracker: Tracker, tmp_path: Path) -> None:
+    picture = tmp_path / "confusion.png"
+    picture.write_bytes(b"png")
+    with tracker.start_run("train p01", tags={"stage": "train"}) as run:
+        run.log_params(
+            {"train": {"learning_rate": 0.01, "slots": ["3a", "4e"]}, "root": tmp_path, "long": "x" * 999, "none": None}
+        )
+        run.log_metrics({"train/loss": 2.0, "val/top1": 0.25}, step=3)
+        run.log_text("seed: 0\n", "conf/config.yaml")
+        run.log_json({"b": 1, "a": [2]}, "tables/summary.json")
+        run.log_file(picture, "figures")
+        run.log_dataset("diving48", "f" * 64, tmp_path, "train")
+        run.describe("**top-1 0.25**" + "x" * 9000)
+    stored = tracker._client.get_run(run.run_id)
+    params = stored.data.params
+    assert params["train.learning_rate"] == "0.01"
+    assert params["train.slots"] == "3a,4e"
+    assert (params["root"], params["none"]) == (str(tmp_path), "None")
+    assert params["long"].endswith("x...")
+    assert len(params["long"]) < 250
+    assert stored.data.metrics == {"train/loss": 2.0, "val/top1": 0.25}
+    tags = stored.data.tags
+    assert (tags["stage"], tags["mlflow.source.name"]) == ("train", "sagsm")
+    assert len(tags["mlflow.note.content"]) == 8000
+    assert tags["mlflow.user"]
+    (dataset_input,) = stored.inputs.dataset_inputs
+    assert (dataset_input.dataset.name, dataset_input.dataset.digest) == ("diving48", "f" * 36)
+    assert [(tag.key, tag.value) for tag in dataset_input.tags] == [("mlflow.data.context", "train")]
+    files = tmp_path / "artifacts" / run.run_id / "artifacts"
+    assert (files / "conf/config.yaml").read_text() == "seed: 0\n"
+    assert (files / "figures/confusion.png").read_bytes() == b"png"
+    assert (files / "tables/summary.json").read_text() == '{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'
+    assert stored.info.status == "FINISHED"
+
+
+def test_runs_form_a_tree(tracker: Tracker) -> None:
+    with tracker.start_run("p01") as pipeline, tracker.start_run("search p01", parent=pipeline.run_id) as search:
+        assert tracker._client.get_run(search.run_id).data.tags["mlflow.parentRunId"] == pipeline.run_id
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")])
+def test_an_error_ends_the_run_and_goes_on_up(tracker: Tracker, error: type[BaseException], status: str) -> None:
+    run = tracker.start_run("train")
+    with pytest.raises(error), run:
+        raise error
+    assert tracker._client.get_run(run.run_id).info.status == status
+
+
+def test_the_first_error_is_not_hidden_by_a_lost_database(tracker: Tracker, tmp_path: Path) -> None:
+    def lose_the_database_and_fail() -> None:
+        with tracker.start_run("train"):
+            (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+            raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        lose_the_database_and_fail()
+
+
+def test_the_first_status_stays(tracker: Tracker) -> None:
+    with tracker.start_run("trial") as run:
+        run.finish("KILLED")
+    assert tracker._client.get_run(run.run_id).info.status == "KILLED"
+
+
+def test_a_resumed_run_draws_one_curve_and_keeps_its_params(make_tracker: Callable[[], Tracker]) -> None:
+    first = make_tracker().start_run("train")
+    first.log_params({"epochs": 4})
+    for step in range(3):
+        first.log_metrics({"train/loss": 1.0 - step / 10}, step)
+    first.finish("KILLED")
+    tracker = make_tracker()  # another process
+    with tracker.start_run("train", resume_id=first.run_id, tags={"resumed": "yes"}) as again:
+        assert again.run_id == first.run_id
+        assert tracker._client.get_run(again.run_id).info.status == "RUNNING"
+        again.log_params({"epochs": 9, "workers": 2})
+        for step in range(1, 5):  # from the last checkpoint, before the last step that was recorded
+            again.log_metrics({"train/loss": 1.0 - step / 10}, step)
+    assert steps_and_values(tracker, first.run_id, "train/loss") == [(0, 1.0), (1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6)]
+    stored = tracker._client.get_run(first.run_id)
+    assert stored.data.params == {"epochs": "4", "workers": "2"}
+    assert (stored.info.status, stored.data.tags["resumed"]) == ("FINISHED", "yes")
+
+
+def test_a_run_that_the_database_lost_is_started_anew(tracker: Tracker) -> None:
+    with tracker.start_run("train", resume_id="0" * 32) as run:
+        assert run.run_id != "0" * 32
+    tracker._client.delete_run(run.run_id)
+    with tracker.start_run("train", resume_id=run.run_id) as after_deletion:
+        assert after_deletion.run_id != run.run_id
+
+
+def test_only_finite_metrics_are_kept_and_large_batches_are_split(tracker: Tracker) -> None:
+    with tracker.start_run("train") as run:
+        run.log_metrics({"train/loss": float("nan"), "train/lr": float("inf"), "val/top1": 0.5})
+        run.log_metrics({f"gamma/{index}": float(index) for index in range(1001)}, step=1)
+        run.log_params({f"p{index}": index for index in range(101)})
+    stored = tracker._client.get_run(run.run_id).data
+    assert "train/loss" not in stored.metrics
+    assert "train/lr" not in stored.metrics
+    assert len(stored.metrics) == 1002
+    assert len(stored.params) == 101
+
+
+def test_find_run_gives_the_newest_with_all_tags(tracker: Tracker) -> None:
+    tags = {"stage": "train", "fingerprint": "it's"}
+    assert tracker.find_run(tags) is None
+    with tracker.start_run("a", tags=tags):
+        time.sleep(0.002)  # start times have milliseconds
+    with tracker.start_run("b", tags=tags) as newest, tracker.start_run("c", tags={"stage": "train"}):
+        assert tracker.find_run(tags) == newest.run_id
+
+
+def test_names_count_up(make_tracker: Callable[[], Tracker]) -> None:
+    tracker = make_tracker()
+    assert tracker.next_name("p", "demo") == "p01 demo"
+    for name in ("p09 demo", "plan", "t012 3a"):
+        tracker.start_run(name).finish()
+    assert make_tracker().next_name("p", "wide search") == "p10 wide search"
+
+
+def test_open_runs_are_ended_together(tracker: Tracker) -> None:
+    runs = [tracker.start_run("p01"), tracker.start_run("shards p01"), tracker.start_run("index p01")]
+    runs[2].finish()
+    tracker.finish_open_runs("KILLED")
+    assert [tracker._client.get_run(run.run_id).info.status for run in runs] == ["KILLED", "KILLED", "FINISHED"]
+
+
+def test_experiments_are_listed_without_the_default(tracker: Tracker) -> None:
+    assert experiment_ids(tracker.uri) == {"demo": tracker.experiment_id, "template": "1"}
+
+
+def test_a_description_of_the_experiment(make_tracker: Callable[[], Tracker]) -> None:
+    make_tracker().describe("Which placement is best\n\nmore")
+    tracker = make_tracker()  # the experiment exists now
+    assert tracker._client.get_experiment(tracker.experiment_id).tags["mlflow.note.content"].startswith("Which placement")
+
+
+def test_a_deleted_experiment_is_an_error(make_tracker: Callable[[], Tracker]) -> None:
+    tracker = make_tracker()
+    tracker._client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(PipelineError, match=r"experiment demo was deleted .* expected an active one; restore it"):
+        make_tracker()
+
+
+def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"hello world, this is text" * 50)
+    with pytest.raises(PipelineError, match=r"mlflow\.db failed: file is not a database; expected .* --workdir"):
+        Tracker(f"sqlite:///{tmp_path}/mlflow.db", "demo", tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match=r"failed: .*file.*; expected a database"):
+        Tracker(f"sqlite:///{tmp_path}/file/mlflow.db", "demo", tmp_path)
+
+
+def test_an_unreachable_server_is_an_error_within_seconds(tmp_path: Path) -> None:
+    with socket.socket() as closed:  # bound, not listening: nobody else gets the port
+        closed.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(
+            PipelineError, match=f"tracking at {uri} failed: .*refused.*; expected a running MLflow server there; "
+        ):
+            Tracker(uri, "demo", tmp_path)
+    assert time.monotonic() - started < 5
+
+
+def test_the_environment_names_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    assert tracking_uri(tmp_path) == "http://mlflow.example:5000"
+
+
+def test_addresses() -> None:
+    base = "http://127.0.0.1:5000/"
+    assert runs_url(base, "1") == "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
+    assert runs_url(base, "1", stage="trial", order_by="val/top1", charts=True) == (
+        "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
+        "&searchFilter=tags.stage%3D%22trial%22&orderByKey=metrics.%60val%2Ftop1%60&orderByAsc=false&compareRunsMode=CHART"
+    )
+    assert (
+        run_url(base, "1", "r", "report/index.html")
+        == "http://127.0.0.1:5000/#/experiments/1/runs/r/artifacts/report/index.html"
+    )
+    assert compare_url(base, "1", ["a", "b"]) == (
+        "http://127.0.0.1:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%221%22%5D"
+    )
+
+
+def test_importing_the_module_does_not_import_mlflow() -> None:
+    subprocess.run([sys.executable, "-c", "import infra.tracking, sys; assert 'mlflow' not in sys.modules"], check=True)
+
+
+def test_the_terminal_stays_quiet(empty_database: Path, tmp_path: Path) -> None:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    code = (
+        "from pathlib import Path; from infra.tracking import Tracker\n"
+        f"tracker = Tracker('sqlite:///{tmp_path}/mlflow.db', 'quiet', Path('{tmp_path}'))\n"
+        "with tracker.start_run('a') as run: run.log_metrics({'a/b': 1.0})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_database_at_once(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from infra.tracking import Tracker\n"
+        f"tracker = Tracker('sqlite:///{tmp_path}/mlflow.db', 'demo', Path('{tmp_path}'))\n"
+        "with tracker.start_run('a') as run: run.log_metrics({'a/b': 1.0})"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+        )
+        for _ in range(3)
+    ]
+    assert [(process.communicate()[0], process.returncode) for process in processes] == [("", 0)] * 3
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "demo", tmp_path)
+    assert len(tracker._client.search_runs([tracker.experiment_id])) == 3

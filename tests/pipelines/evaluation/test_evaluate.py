@@ -1,0 +1,108 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from scipy.special import softmax
+from torch import Tensor, nn
+
+from infra.errors import PipelineError
+from pipelines.evaluation.evaluate import Scores, score_clips
+from preprocessing.loader import Batch
+
+
+class TinyClassifier(nn.Module):
+    """Mean colour to logits: the two methods of `VideoClassifier` that evaluation uses, with dropout that must be off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 4))
+
+    def prepare(self, clips: Tensor) -> Tensor:
+        return clips.float() / 255
+
+    def forward(self, clips: Tensor) -> Tensor:
+        logits: Tensor = self.classify(clips.mean(dim=(1, 3, 4)))
+        return logits
+
+
+class FixedBatches:
+    def __init__(self, clips: Tensor, batch_size: int, keys: list[str] | None = None) -> None:
+        self.clips, self.batch_size = clips, batch_size
+        self.keys = keys or [f"v{index}" for index in range(len(clips))]
+
+    def __len__(self) -> int:
+        return -(-len(self.clips) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.clips), self.batch_size):
+            part = self.clips[start : start + self.batch_size]
+            labels = torch.arange(start, start + len(part)) % 4
+            yield Batch(part, labels, self.keys[start : start + len(part)], len(part))
+
+
+@pytest.fixture
+def clips() -> Tensor:
+    return torch.randint(0, 256, (7, 2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+CPU = torch.device("cpu")
+
+
+def test_every_clip_is_scored_once_whatever_the_batch_size(clips: Tensor) -> None:
+    model = TinyClassifier()
+    expected = model.eval()(model.prepare(clips)).detach().numpy()
+    model.train()
+    heard: list[tuple[int, int]] = []
+    for batch_size in (1, 3, 7):
+        heard.clear()
+        scores = score_clips(
+            model, FixedBatches(clips, batch_size), CPU, on_progress=lambda done, total, _: heard.append((done, total))
+        )
+        assert scores.keys == [f"v{index}" for index in range(7)]
+        assert scores.labels.tolist() == [0, 1, 2, 3, 0, 1, 2]
+        np.testing.assert_allclose(scores.logits, expected, rtol=1e-5, atol=1e-6)
+        assert scores.logits.dtype == np.float32
+        assert heard == [(done, -(-7 // batch_size)) for done in range(1, -(-7 // batch_size) + 1)]
+    assert model.training
+
+
+def test_bf16_gives_float32_scores_that_are_close(clips: Tensor) -> None:
+    model = TinyClassifier()
+    exact, rough = (score_clips(model, FixedBatches(clips, 4), CPU, precision) for precision in ("fp32", "bf16"))
+    assert rough.logits.dtype == np.float32
+    np.testing.assert_allclose(rough.logits, exact.logits, atol=0.05)
+
+
+def test_a_clip_that_comes_twice_is_an_error(clips: Tensor) -> None:
+    keys = ["same"] * 2 + list("abcde")
+    with pytest.raises(PipelineError, match=r"7 clips of 6 videos; expected one clip of each video, .* train=False"):
+        score_clips(TinyClassifier(), FixedBatches(clips, 3, keys), CPU)
+
+
+def test_no_clips_are_an_error(clips: Tensor) -> None:
+    with pytest.raises(PipelineError, match="found 0 clips"):
+        score_clips(TinyClassifier(), FixedBatches(clips[:0], 3), CPU)
+
+
+def test_saved_scores_can_be_read_back(tmp_path: Path) -> None:
+    logits = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 100.0]], np.float32)
+    Scores(["a", "b"], np.array([2, -1]), logits).save(tmp_path / "scores.parquet")
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table["key"].to_pylist() == ["a", "b"]
+    assert table["label"].to_pylist() == [2, None]
+    np.testing.assert_allclose(np.array(table["scores"].to_pylist()), softmax(logits, axis=1), rtol=1e-6)
+
+
+def test_the_summary_uses_the_label_names() -> None:
+    scores = Scores(["a", "b"], np.array([0, 0]), np.array([[2.0, 1.0], [1.0, 2.0]], np.float32))
+    assert scores.summarise(["up", "down"])["worst_pairs"][0]["answer"] == "down"
+
+
+def test_reading_the_settings_loads_no_torch() -> None:
+    code = "import pipelines.evaluation.evaluate, sys; assert not {'torch', 'sklearn', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,66 @@
+"""What the trials say: a table, best first, in which every row can be run again."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from tuning.trials import SearchResult, rank_records
+
+
+def leaderboard(result: SearchResult, command_prefix: str) -> list[dict[str, Any]]:
+    """One row a trial, best first, failed ones last.
+
+    Args:
+        result: of a search.
+        command_prefix: what starts the experiment, with the options that all trials share: `sagsm run placement`.
+
+    Returns:
+        rows with rank (from 1), trial, placement, slots, learning_rate, top1 (a fraction, None without a report), epochs,
+        state, and command, which trains with the trial's settings and searches no more.
+    """
+    return [
+        {
+            "rank": rank,
+            "trial": record.number,
+            "placement": record.placement,
+            "slots": record.num_slots,
+            "learning_rate": record.learning_rate,
+            "top1": record.top1,
+            "epochs": record.epochs,
+            "state": record.state,
+            "command": rerun_command(command_prefix, record.overrides),
+        }
+        for rank, record in enumerate(rank_records(result.trials), start=1)
+    ]
+
+
+def rerun_command(command_prefix: str, overrides: Mapping[str, Any]) -> str:
+    """The shell command that runs the experiment with these settings and no search.
+
+    Example:
+        >>> rerun_command("sagsm run demo", {"model.placement": "3a,4e", "train.learning_rate": 0.0312})
+        'sagsm run demo --set search.num_trials=0 --set model.placement=3a,4e --set train.learning_rate=0.0312'
+    """
+    settings = {"search.num_trials": 0, **overrides}
+    return " ".join([command_prefix, *(f"--set {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in settings.items())])
+
+
+def leaderboard_table(rows: Sequence[Mapping[str, Any]], title: str = "Trials") -> Table:
+    """The leaderboard for a terminal, without the commands, which are too long for a column; top-1 in percent."""
+    table = Table(title=title)
+    for name in ("rank", "trial", "placement", "slots", "learning rate", "top-1 %", "epochs", "state"):
+        table.add_column(name, justify="left" if name in ("placement", "state") else "right", overflow="fold")
+    for row in rows:
+        top1 = "-" if row["top1"] is None else f"{100 * row['top1']:.1f}"
+        learning_rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        cells = (row["rank"], row["trial"], row["placement"], row["slots"], learning_rate, top1, row["epochs"], row["state"])
+        table.add_row(*(str(cell) for cell in cells))
+    return table
+
+
+def _yaml(value: Any) -> str:
+    """As `--set` reads it: plain where YAML gives the value back, quoted where it would not."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
