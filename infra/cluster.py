@@ -1,7 +1,6 @@
 """The Ray cluster: one of our own on this machine, or one that is already there (`--address`)."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,26 +43,26 @@ def session(address: str | None) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ClusterError(f"no Ray cluster {where}: {error}; check `ray status`, or leave --address out to use this machine") from error
+        raise ClusterError(
+            f"no Ray cluster {where}: {error}; check `ray status`, or leave out --address to use this machine"
+        ) from error
     try:
         yield
-    finally:
+    except KeyboardInterrupt:
+        # The process is about to end, and a cluster of its own with it. After a shutdown, stages that are still busy in their
+        # threads would make Ray start another one.
+        raise
+    except BaseException:
         ray.shutdown()
-
-
-def stop() -> None:
-    """End the connection, and with it the cluster if it is ours; safe to call twice and after a signal."""
-    if "ray" in sys.modules:
-        import ray
-
-        ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 def resources() -> dict[str, float]:
     """CPUs and GPUs of the connected cluster, used or not."""
     import ray
 
-    found = ray.cluster_resources()
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     return {"CPU": found.get("CPU", 0.0), "GPU": found.get("GPU", 0.0)}
 
 
@@ -84,9 +83,10 @@ def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, argument
     have = resources()
     if have["CPU"] < num_cpus or have["GPU"] < num_gpus:
         raise ClusterError(
-            f"{function.__name__} asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs; the cluster has {have['CPU']:g} and {have['GPU']:g}"
+            f"{function.__name__} asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs; "
+            f"the cluster has {have['CPU']:g} and {have['GPU']:g}; start larger nodes, or another --address"
         )
-    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=2)(_call)
+    task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=2)(_call)
     try:
         result: R = ray.get(task.remote(function, arguments))
         return result

@@ -92,8 +92,9 @@ def explain_validation_error(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         dotted = ".".join(str(part) for part in item["loc"])
-        found = f" (found {item['input']!r})" if item["type"] != "missing" else ""
-        lines.append(f"{dotted or 'settings'}: {item['msg']}{found}")
+        shown = item["type"] != "missing" and not isinstance(item["input"], dict)
+        found = f" (found {item['input']!r})" if shown else ""
+        lines.append(f"{dotted or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found}")
     return "; ".join(lines)
 
 

@@ -29,7 +29,8 @@ app.add_typer(shards_app, name="shards")
 
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `sagsm experiments` lists them.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; repeat for more: --set train.epochs=3")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be repeated: --set train.epochs=3"),
 ]
 OnlyOption = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Just this stage and what it needs.")]
 WorkdirOption = Annotated[Path, typer.Option("--workdir", metavar="DIR", help="Holds the store and the embedded MLflow.")]
@@ -87,7 +88,8 @@ def run(
     only: OnlyOption = None,
     workdir: WorkdirOption = Path("work"),
     address: Annotated[
-        str | None, typer.Option("--address", metavar="ADDR", help="A running Ray cluster; without it one starts on this machine.")
+        str | None,
+        typer.Option("--address", metavar="ADDR", help="A running Ray cluster; otherwise one starts on this machine."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -145,7 +147,8 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
         print(f"MLflow:    {ui}   then http://127.0.0.1:5000/{outcome.mlflow_path.lstrip('/')}")
     else:
         print(f"MLflow:    {ui}")
-    more = [*(set_ or []), f"search.num_trials={request.config.search.num_trials + 4}"]
+    others = [assignment for assignment in set_ or [] if not assignment.startswith("search.num_trials=")]
+    more = [*others, f"search.num_trials={request.config.search.num_trials + 4}"]
     print(f"next:      {_command('run', request.experiment, more, None, request.workdir)}")
 
 
@@ -180,17 +183,20 @@ def models(as_json: JsonOption = False) -> None:
 @app.command()
 def ui(
     workdir: WorkdirOption = Path("work"),
-    host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback shows your runs to the network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anything but loopback shows your runs to the network.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow on the runs of a work directory, and print the link to the runs page. Ctrl-C ends it."""
-    from infra.tracking import serve_ui, tracking_uri
+    from infra.tracking import tracking_uri
+    from infra.ui_server import serve_ui
 
     serve_ui(tracking_uri(workdir.absolute()), workdir.absolute() / "mlflow-artifacts", host, port)
 
 
 @shards_app.command("verify")
-def shards_verify(folder: Annotated[Path, typer.Argument(help="Folder with dataset.json.")], as_json: JsonOption = False) -> None:
+def shards_verify(folder: Annotated[Path, typer.Argument(help="Holds dataset.json.")], as_json: JsonOption = False) -> None:
     """Read every shard and compare it with its hash and its index; exit code 2 when something is wrong."""
     from infra.errors import DataError
     from preprocessing.index import verify_shards

@@ -1,9 +1,9 @@
 """The DAG: stages in a checked table, what of it must run and why, and running it.
 
-A stage is a plain function `stage(context, <needs>, <settings>) -> summary`. Its parameters must be named as the stages it needs
-and the sections of the experiment that it reads, and this is checked when the table is built. A stage's fingerprint hashes its
-code version, those sections, its inputs' fingerprints and, for the first stage, the raw data; the fingerprint alone decides
-whether it runs.
+A stage is a plain function `stage(context, <needs>, <settings>) -> summary`. Its parameters must be named as the stages that it
+needs and the sections of the experiment that it reads; this is checked when the table is built. A stage's fingerprint hashes
+its code version, those sections, its inputs' fingerprints and, for the first stage, the raw data; the fingerprint alone
+decides whether it runs.
 """
 
 import inspect
@@ -240,5 +240,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-

@@ -82,10 +82,14 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         results = run_graph(planned, _must_not_run, lambda result: _say(progress, result))
         return Outcome(results, _headline(results), None)
     _prepare_workdir(request.workdir)
-    tracker = Tracker(tracking_uri(request.workdir), f"sagsm-{request.config.dataset.name}", request.workdir / "mlflow-artifacts")
+    tracker = Tracker(
+        tracking_uri(request.workdir), f"sagsm-{request.config.dataset.name}", request.workdir / "mlflow-artifacts"
+    )
     with _interruptible(), cluster.session(request.address), _killed_on_interrupt(tracker):
         pipeline = tracker.start_run(
-            tracker.next_name("p", request.experiment), parent=None, tags={"stage": "pipeline", "experiment": request.experiment}
+            tracker.next_name("p", request.experiment),
+            parent=None,
+            tags={"stage": "pipeline", "experiment": request.experiment},
         )
         results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), lambda result: _say(progress, result))
         numbers = _headline(results)
@@ -111,7 +115,9 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
             ) as run:
                 write_json(run_file, {"run_id": run.run_id})
                 run.log_params(item.provenance.config)
-                context = StageContext(output_dir, run, tracker, progress.for_stage(stage.name), request.experiment, request.config)
+                context = StageContext(
+                    output_dir, run, tracker, progress.for_stage(stage.name), request.experiment, request.config
+                )
                 sections = {section: getattr(request.config, section) for section in stage.settings}
                 started = time.monotonic()
                 summary = stage.function(context, **inputs, **sections)
@@ -144,7 +150,9 @@ def _prepare_workdir(workdir: Path) -> None:
 
 def _headline(results: list[StageResult]) -> dict[str, float]:
     evaluated = next((result.artifact for result in results if result.name == "evaluate" and result.artifact), None)
-    return {} if evaluated is None else {name: value for name, value in evaluated.summary["metrics"].items() if value is not None}
+    return (
+        {} if evaluated is None else {name: value for name, value in evaluated.summary["metrics"].items() if value is not None}
+    )
 
 
 def _close_pipeline(pipeline: TrackedRun, results: list[StageResult], numbers: dict[str, float]) -> None:
@@ -158,6 +166,8 @@ def _close_pipeline(pipeline: TrackedRun, results: list[StageResult], numbers: d
 def _say(progress: StageProgress, result: StageResult) -> None:
     progress.close_stage(result.name)
     text = result.artifact.summary.get("text", "") if result.artifact else ""
+    if result.error is not None:
+        text = f"{type(result.error).__name__}: {result.error}"
     seconds = f"{result.seconds:6.1f} s" if result.status in ("ran", "failed") else " " * 8
     progress.say(f"  {result.name:<9} {result.status:<8} {seconds}   {text}".rstrip())
 
@@ -169,7 +179,7 @@ def _interruptible() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}

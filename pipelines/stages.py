@@ -109,7 +109,9 @@ def search(
     return {"overrides": best.overrides, "trials": rows, "text": f"best of {len(rows)} trials, {best.top1:.1%}: {settings}"}
 
 
-def train(context: StageContext, shards: Artifact, search: Artifact, model: ModelSettings, train: TrainSettings) -> dict[str, Any]:
+def train(
+    context: StageContext, shards: Artifact, search: Artifact, model: ModelSettings, train: TrainSettings
+) -> dict[str, Any]:
     """Train with what the search found: Ray Train, data-parallel; goes on from the newest good checkpoint."""
     from pipelines.evaluation.figures import draw_curves
     from pipelines.training.job import TrainJob, save_model
@@ -127,7 +129,8 @@ def train(context: StageContext, shards: Artifact, search: Artifact, model: Mode
         text = f"loss {metrics.train_loss:.3f}{val}, {metrics.clips_per_second:.0f} clips/s"
         context.on_progress(metrics.epoch + 1, train.epochs, text)
 
-    context.on_progress(0, train.epochs, "epochs; starting workers")
+    start = "random weights" if model.weights is None else f"the weights in {model.weights}"
+    context.on_progress(0, train.epochs, f"epochs, from {start}; starting workers")
     result = train_on_cluster(job, storage_dir=context.output_dir, on_epoch=on_epoch)
     assert result.best is not None
     assert result.best_weights is not None
@@ -138,7 +141,7 @@ def train(context: StageContext, shards: Artifact, search: Artifact, model: Mode
     context.run.log_file(draw_curves(context.output_dir / "figures" / "curves.png", history), "figures")
     context.run.log_file(context.output_dir / "model" / "model.json", "conf")
     best = result.best
-    text = f"{len(history)} epochs, best val top-1 {best.val_top1:.1%} in epoch {best.epoch + 1}"
+    text = f"{len(history)} epochs, best val top-1 {best.val_top1:.1%} in epoch {best.epoch + 1}; from {start}"
     return {"best_epoch": best.epoch, "best_val_top1": best.val_top1, "epochs": len(history), "text": text}
 
 
@@ -163,7 +166,9 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
     write_json(context.output_dir / "evaluation.json", {**summary, "split": evaluate.split})
     (context.output_dir / "figures").mkdir(exist_ok=True)
     names = read_dataset_info(shards.path).label_names
-    context.run.log_file(draw_confusion(context.output_dir / "figures" / "confusion.png", summary["confusion"], names), "figures")
+    context.run.log_file(
+        draw_confusion(context.output_dir / "figures" / "confusion.png", summary["confusion"], names), "figures"
+    )
     context.run.log_file(context.output_dir / "evaluation.json", "tables")
     context.run.log_metrics({f"test/{name}": value for name, value in metrics.items()})
     _log_input(context, shards, evaluate.split)
@@ -243,5 +248,3 @@ def _log_folder(context: StageContext, folder: Path) -> None:
         if path.is_file():
             place = str(path.parent.relative_to(folder))
             context.run.log_file(path, "" if place == "." else place)
-
-

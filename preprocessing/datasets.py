@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,6 +24,7 @@ from pydantic import field_validator, model_validator
 from infra.errors import ConfigError, DataError
 from infra.settings import Settings, nearest
 from infra.storage import atomic_path, sha256_json, write_json
+from preprocessing.labels import label_passport
 from preprocessing.synthetic import GENERATOR_VERSION, SyntheticSettings
 
 VIDEO_SCHEMA = pa.schema(
@@ -82,6 +83,8 @@ class DatasetLayout:
         read: root -> (label names, {(split, file name): rows}).
         kind: "frames" or "video".
         suffix: what follows the video id in the video's path.
+        val_split: the split that training and search are validated on. Diving48 has no validation split, and all published
+            work takes its test split.
     """
 
     annotation_files: tuple[str, ...]
@@ -90,6 +93,7 @@ class DatasetLayout:
     read: Callable[[Path], tuple[list[str], dict[tuple[str, str], list[Row]]]]
     kind: Literal["frames", "video"]
     suffix: str
+    val_split: str
 
 
 def index_videos(settings: DatasetSettings, root: Path) -> VideoIndex:
@@ -145,16 +149,6 @@ def load_video_index(folder: Path) -> VideoIndex:
     return VideoIndex(videos=videos, label_names=names)
 
 
-def label_passport(names: Sequence[str]) -> str:
-    """16 hex characters that stand for these label names in this order; carried by shards, checkpoints and runs.
-
-    Example:
-        >>> label_passport(["up", "down"]) == label_passport(["down", "up"])
-        False
-    """
-    return sha256_json(list(names))[:16]
-
-
 def raw_listing(settings: DatasetSettings) -> str:
     """Hex SHA-256 that changes when the raw data changes, without reading a video: for the stage's fingerprint.
 
@@ -178,31 +172,6 @@ def raw_listing(settings: DatasetSettings) -> str:
     for line in sorted(_list_videos(settings.root, layout, found)):
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def mirror_labels(names: Sequence[str]) -> list[int]:
-    """What a horizontal flip does to each label: the class id that the flipped video has, or -1 if it must not be flipped.
-
-    The whole words left/right and clockwise/counterclockwise are swapped. A label without them is its own mirror image; a label
-    with them whose swapped text is no label has no mirror image. On Something-V1, sorted, this gives exactly the swaps of GSM's
-    code: 86-87, 93-94, 166-167. "Pulling it right out" names no direction, so right before out, away or now is not swapped.
-
-    Example:
-        >>> mirror_labels(["from left to right", "from right to left", "up", "turning left"])
-        [1, 0, 2, -1]
-    """
-    class_ids = {name: class_id for class_id, name in enumerate(names)}
-    swapped = (_DIRECTION.sub(lambda match: _OPPOSITES[match.group()], name) for name in names)
-    return [class_ids.get(name, -1) for name in swapped]
-
-
-def _with_cases(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    both_ways = [pair for one, other in pairs for pair in ((one, other), (other, one))]
-    return {case(word): case(opposite) for word, opposite in both_ways for case in (str.lower, str.capitalize, str.upper)}
-
-
-_OPPOSITES = _with_cases([("left", "right"), ("clockwise", "counterclockwise")])
-_DIRECTION = re.compile(rf"\b(?:{'|'.join(_OPPOSITES)})\b(?! (?:out|away|now)\b)")
 
 
 def _something_v1(root: Path) -> tuple[list[str], dict[tuple[str, str], list[Row]]]:
@@ -386,6 +355,7 @@ DATASETS: dict[str, DatasetLayout] = {
         read=_something_v1,
         kind="frames",
         suffix="",
+        val_split="validation",
     ),
     "diving48": DatasetLayout(
         annotation_files=_DIVING_FILES,
@@ -394,5 +364,6 @@ DATASETS: dict[str, DatasetLayout] = {
         read=_diving48,
         kind="video",
         suffix=".mp4",
+        val_split="test",
     ),
 }

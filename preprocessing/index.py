@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from infra.errors import DataError, PipelineError
 from infra.settings import Settings, explain_validation_error
 from infra.storage import sha256_file, write_bytes, write_json
-from preprocessing.datasets import VideoIndex, label_passport
+from preprocessing.datasets import VideoIndex
 from preprocessing.decode import ffmpeg_version
+from preprocessing.labels import label_passport
 from preprocessing.shards import FORMAT_VERSION, SIDECAR_SCHEMA, ShardPlan, ShardSettings, read_sidecar, read_tar
 
 _INDEX_COLUMNS = ["key", "shard", "split", "label", "num_frames", "fps", "height", "width", "frame_offsets", "frame_sizes"]

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import torch
 
 from infra.errors import ConfigError, DataError
-from preprocessing.datasets import mirror_labels
+from preprocessing.labels import mirror_labels
 from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
 from preprocessing.segments import segment_indices
 from preprocessing.transforms import (

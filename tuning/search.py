@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -193,6 +193,20 @@ def _suggest(trial: optuna.Trial, settings: SearchSettings) -> dict[str, Any]:
     return {_NUMBER: trial.number}
 
 
+def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
+    """Keep the first exception of a callback for the end of the search: Ray would take it for a failure of the trial."""
+
+    @wraps(callback)
+    def call(self: "_Watcher", *_: Any, **info: Any) -> None:
+        if self.broken_by is None:
+            try:
+                callback(self, **info)
+            except Exception as error:
+                self.broken_by = error
+
+    return call
+
+
 class _Watcher(tune.Callback):
     """Follows the trials in the driver's process: tells Optuna, keeps the table, passes events on."""
 
@@ -222,35 +236,31 @@ class _Watcher(tune.Callback):
         for trial in settle_interrupted(self._searcher.study):
             overrides = overrides_of(trial.params)
             self._emit(TrialEvent("ended", trial.number, overrides, {}, len(trial.intermediate_values), "interrupted"))
-        if self.broken_by is not None:
-            raise self.broken_by
         self.records = read_records(self._searcher.study)
         self._save()
 
-    def on_trial_start(self, *_: Any, **info: Any) -> None:
+    @_guarded
+    def on_trial_start(self, trial: Trial, **_: Any) -> None:
         """The process of a trial is up."""
-        trial: Trial = info["trial"]
         number = trial.config[_NUMBER]
         self._started[number] = time.monotonic()
         self._emit(TrialEvent("started", number, overrides_of(trial.config), {}, 0, "running"))
 
-    def on_trial_result(self, *_: Any, **info: Any) -> None:
+    @_guarded
+    def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """A trial has reported an epoch."""
-        trial, result = info["trial"], info["result"]
-        if self.broken_by is not None:
-            return
         metrics, epoch = result[_METRICS], result[_EPOCH]
         self._searcher.optuna_trial(trial).report(metrics[self._settings.metric], epoch)
         self._emit(TrialEvent("epoch", trial.config[_NUMBER], overrides_of(trial.config), metrics, epoch, "running"))
 
-    def on_trial_complete(self, *_: Any, **info: Any) -> None:
+    @_guarded
+    def on_trial_complete(self, trial: Trial, **_: Any) -> None:
         """A trial has returned, or the scheduler has stopped it."""
-        trial: Trial = info["trial"]
         self._end(trial, "completed" if trial.last_result[_EPOCH] >= self._settings.max_epochs else "stopped")
 
-    def on_trial_error(self, *_: Any, **info: Any) -> None:
+    @_guarded
+    def on_trial_error(self, trial: Trial, **_: Any) -> None:
         """A trial has raised, or its process has died."""
-        trial: Trial = info["trial"]
         trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[_NUMBER])
         trial_dir.mkdir(parents=True, exist_ok=True)
         text = Path(trial.error_file).read_text()
@@ -258,8 +268,6 @@ class _Watcher(tune.Callback):
         self._end(trial, "failed", _cause(text))
 
     def _end(self, trial: Trial, state: State, error: str = "") -> None:
-        if self.broken_by is not None:
-            return
         seconds = time.monotonic() - self._started.get(trial.config[_NUMBER], time.monotonic())
         record = end_trial(self._searcher.study, self._searcher.optuna_trial(trial), state, seconds, error)
         self.records = sorted([*self.records, record], key=lambda record: record.number)
@@ -271,16 +279,10 @@ class _Watcher(tune.Callback):
         write_records(self.records, self.storage_dir / "trials.json")
 
     def _emit(self, event: TrialEvent) -> None:
-        """An exception here would count as a failure of the trial, so it is kept and raised at the end."""
-        if self.broken_by is not None:
-            return
-        try:
-            if self._on_event is not None:
-                self._on_event(event)
-            if self._on_progress is not None:
-                self._on_progress(len(self.records), self._settings.num_trials, self._progress_text())
-        except Exception as error:
-            self.broken_by = error
+        if self._on_event is not None:
+            self._on_event(event)
+        if self._on_progress is not None:
+            self._on_progress(len(self.records), self._settings.num_trials, self._progress_text())
 
     def _progress_text(self) -> str:
         best = best_record(self.records)
@@ -290,7 +292,7 @@ class _Watcher(tune.Callback):
 
 
 class _StopWhen(tune.Stopper):
-    """Ends the search once a callback of the user has raised."""
+    """Ends the search once a callback has raised."""
 
     def __init__(self, watcher: _Watcher) -> None:
         self._watcher = watcher

@@ -24,7 +24,8 @@ _STATE_COLOURS = {"completed": _BLUE, "stopped": _GREY, "failed": _RED}
 _NAME_CHARACTERS = 30
 _MAX_NAMED_CLASSES = 50
 _MAX_COUNTED_CLASSES = 16
-_MAX_TRIAL_ROWS = 24
+_MAX_BARS = 40
+_MIN_TRIAL_ROWS, _MAX_TRIAL_ROWS = 8, 24
 
 
 def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], label_names: Sequence[str]) -> Path:
@@ -82,7 +83,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], chance: float 
     _draw_gammas(gamma, history)
     for axes in (loss, top1, learning_rate, gamma):
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _tick_whole_numbers(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8, ncols=2 if axes is gamma else 1)
     return _save(figure, path)
@@ -104,10 +105,11 @@ def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
         if points:
             scatter.plot(*zip(*points, strict=True), "o", color=colour, label=state)
     if scatter.get_legend_handles_labels()[0]:
-        scatter.legend(frameon=False, fontsize=8)
+        scatter.legend(frameon=False, fontsize=8, loc="lower right")
     scatter.set_title("top-1 of each trial, %")
     scatter.set_xlabel("trial")
-    scatter.xaxis.get_major_locator().set_params(integer=True)
+    _tick_whole_numbers(scatter)
+    scatter.set_xlim(-0.5, max((row["trial"] for row in trials), default=0) + 0.5)
     scatter.set_ylim(0, 100)
     shown = trials[:_MAX_TRIAL_ROWS]
     cells = np.array([_slot_mask(row["placement"]) for row in shown], dtype=float).reshape(-1, len(SLOTS))
@@ -117,7 +119,7 @@ def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
             face = colours[rank] if chosen else "#eef0f2"
             grid.add_patch(_square(slot, rank, face))
     grid.set_xlim(-0.5, len(SLOTS) - 0.5)
-    grid.set_ylim(max(len(shown), 1) - 0.5, -0.5)
+    grid.set_ylim(max(len(shown), _MIN_TRIAL_ROWS) - 0.5, -0.5)
     grid.set_xticks(range(len(SLOTS)), SLOTS)
     grid.set_yticks(range(len(shown)), [_trial_label(row) for row in shown], fontsize=8)
     grid.tick_params(length=0)
@@ -126,11 +128,14 @@ def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
     return _save(figure, path)
 
 
-def draw_histogram(path: Path, values: Sequence[float], title: str) -> Path:
-    """Draw how often which value occurs."""
+def draw_histogram(path: Path, values: Sequence[int], title: str) -> Path:
+    """Draw how often which whole number occurs; bars are a number wide, or wider where there are many."""
     figure = _new_figure(height=2.8)
     axes = figure.subplots()
-    axes.hist(values, bins=min(40, max(1, len(set(values)))), color=_BLUE, edgecolor="white")
+    low, high = min(values, default=0), max(values, default=0)
+    width = -(-(high - low + 1) // _MAX_BARS)
+    axes.hist(values, bins=[edge - 0.5 for edge in range(low, high + width + 1, width)], color=_BLUE, edgecolor="white")
+    _tick_whole_numbers(axes)
     axes.set_title(title)
     axes.set_ylabel("videos")
     return _save(figure, path)
@@ -143,7 +148,7 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
         path: of the PNG.
         rows: title and RGB frames [H, W, 3] of each video; sizes may differ.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     title_height, gap = 20, 3
     columns = max((len(frames) for _, frames in rows), default=1)
@@ -156,8 +161,7 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
         top = number * (title_height + height + 2 * gap)
         draw.text((2, top + 2), _plain(title, 110), fill=_INK, font=font)
         for column, frame in enumerate(frames):
-            picture = Image.fromarray(frame)
-            picture.thumbnail((width, height))
+            picture = ImageOps.contain(Image.fromarray(frame), (width, height))
             left = column * (width + gap) + (width - picture.width) // 2
             sheet.paste(picture, (left, top + title_height + (height - picture.height) // 2))
     with atomic_path(path) as temporary:
@@ -179,6 +183,12 @@ def _save(figure: "Figure", path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
+
+
+def _tick_whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_line(axes: "Axes", points: Sequence[tuple[float, float]], colour: str, label: str) -> None:

@@ -1,4 +1,4 @@
-"""Experiments by name. Each is a function that returns a whole configuration; its docstring says what it shows and what it takes."""
+"""Experiments by name: functions that return a whole configuration; the docstrings say what they show and what it takes."""
 
 from collections.abc import Callable
 

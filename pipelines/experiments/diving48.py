@@ -14,9 +14,9 @@ from tuning.space import SearchSettings
 def diving48() -> ExperimentConfig:
     """SA-GSM on Diving48 V2 (48 classes, 47 of them live), attention placed by search; flips are safe here.
 
-    Command: `sagsm run diving48 --set dataset.root=/data/diving48`, where the root holds rgb/*.mp4 and the three json files. Hardware:
-    meant for GPUs; never run on one by us yet. Diving48 has no validation split, so that, as in all published work, the test
-    split also chooses the best epoch and trial.
+    Command: `sagsm run diving48 --set dataset.root=/data/diving48`, where the root holds rgb/*.mp4 and the three json files.
+    Hardware: meant for GPUs; never run on one by us yet. Diving48 has no validation split, so that, as in all published work,
+    the test split also chooses the best epoch and trial.
     """
     return ExperimentConfig(
         dataset=DatasetSettings(name="diving48", root=Path("data/diving48")),

@@ -13,8 +13,8 @@ def something_v1() -> ExperimentConfig:
     """SA-GSM on Something-V1 (174 classes), attention placed by search; GSM's recipe: 60 epochs, 32 clips a step, 224 px.
 
     Command: `sagsm run something_v1 --set dataset.root=/data/something_v1`, where the root holds the folder
-    20bn-something-something-v1 and the four csv files. Hardware: meant for GPUs (on 2 CPU cores an epoch takes days); never run on
-    one by us yet. To compare with: published GSM, BN-Inception, 16 frames, ImageNet weights 49.56 % top-1.
+    20bn-something-something-v1 and the four csv files. Hardware: meant for GPUs (on 2 CPU cores an epoch takes days); never run
+    on one by us yet. To compare with: published GSM, BN-Inception, 16 frames, ImageNet weights 49.56 % top-1.
     """
     return ExperimentConfig(
         dataset=DatasetSettings(name="something_v1", root=Path("data/something_v1")),

@@ -105,7 +105,7 @@ def _summarise(ledger: list[dict[str, Any]], info: DatasetInfo, problems: list[s
 def _verdict(summary: dict[str, Any]) -> str:
     rejected = f"{summary['num_rejected']} of {summary['num_videos']} videos were rejected"
     if summary["problems"]:
-        return f"The shard set is damaged in {len(summary['problems'])} places; {rejected}."
+        return f"The shard set is damaged; {rejected}."
     return f"The shard set is whole; {rejected if summary['num_rejected'] else 'every video was kept'}."
 
 
@@ -114,7 +114,7 @@ def _doubts(summary: dict[str, Any]) -> list[str]:
     found = [f"Damage: {problem}" for problem in summary["problems"][:_DOUBTS_NAMES]]
     for split, names in summary["absent_classes"].items():
         more = ", ..." if len(names) > _DOUBTS_NAMES else ""
-        found.append(f"{split} has no video of {len(names)} classes: {', '.join(names[:_DOUBTS_NAMES])}{more}.")
+        found.append(f"Classes without a video in {split}: {len(names)} ({', '.join(names[:_DOUBTS_NAMES])}{more}).")
     for split, row in summary["by_split"].items():
         if row["unlabelled"]:
             found.append(f"{row['unlabelled']} of {row['kept']} videos of {split} have no label; they cannot be scored.")

@@ -8,6 +8,7 @@ from pipelines.reports.page import data_uri, percent, write_page
 
 FILE_NAME = "index.html"
 _FEW_CLIPS = 100
+_ABSENT_NAMED = 5
 _CAPTIONS = {
     "curves": "Loss, top-1, learning rate and the strength of attention by epoch.",
     "confusion": "Rows are true classes, columns the network's answers; colour is the share of the true class.",
@@ -113,12 +114,11 @@ def _doubts(evaluation: Mapping[str, Any], num_trials: int) -> Iterator[str]:
     )
     if evaluation["num_clips"] < _FEW_CLIPS:
         yield f"Only {evaluation['num_clips']} clips: one clip more or less is {percent(1 / evaluation['num_clips'])}."
-    if evaluation["absent_classes"]:
-        names = ", ".join(evaluation["absent_classes"][:5])
-        more = "" if len(evaluation["absent_classes"]) <= 5 else ", ..."
-        yield f"{len(evaluation['absent_classes'])} classes have no clip here and are left out of the mean: {names}{more}."
+    if absent := evaluation["absent_classes"]:
+        names = ", ".join(absent[:_ABSENT_NAMED]) + (", ..." if len(absent) > _ABSENT_NAMED else "")
+        yield f"Classes without a clip here, left out of the mean class accuracy: {len(absent)} ({names})."
     if evaluation["num_unlabelled"]:
-        yield f"{evaluation['num_unlabelled']} clips without a label are left out."
+        yield f"Clips without a label, left out: {evaluation['num_unlabelled']}."
     yield "One view a clip: the centre frames and the centre crop. Published numbers often average several."
 
 

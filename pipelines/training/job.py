@@ -1,7 +1,7 @@
 """A training job as data, the same for Ray Train's workers and for a trial; and the trained network as files.
 
-    model/model.safetensors   the weights of the best epoch
-          model.json          all that is needed to use them: settings, label names and their passport, best epoch
+model/model.safetensors   the weights of the best epoch
+      model.json          all that is needed to use them: settings, label names and their passport, best epoch
 """
 
 import json
@@ -124,7 +124,9 @@ def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str,
         facts = json.loads(path.read_bytes())
         found = sha256_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no model: {error}; expected model.json and model.safetensors, as `train` writes") from error
+        raise DataError(
+            f"{folder} holds no model: {error}; expected model.json and model.safetensors, as `train` writes"
+        ) from error
     if found != facts["sha256"]:
         raise DataError(f"{folder / 'model.safetensors'} has SHA-256 {found}, model.json says {facts['sha256']}; train again")
     settings = TrainSettings.model_validate(facts["train"])
@@ -163,7 +165,7 @@ def score_model(model_dir: Path, shards_dir: Path, settings: "EvaluateSettings",
         num_workers=settings.loader_threads,
         pixels=train.pixels,
     )
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs know the tensor form only
+    model.to(device)
     scores = score_clips(model, loader, device, resolve_precision(train.precision, device))
     scores.save(scores_path)
     return scores.summarise(shards.label_names)

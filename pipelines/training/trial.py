@@ -18,8 +18,10 @@ from tuning.trials import TrialEvent
 _STATUS: dict[str, RunStatus] = {"failed": "FAILED", "interrupted": "KILLED"}
 
 
-def trial_job(shards_dir: Path, model: ModelSettings, train: TrainSettings, search: SearchSettings, *, val_split: str) -> TrainJob:
-    """The job of a trial before its own overrides: the training of the experiment, cut to `search.max_epochs` and `search.subset`.
+def trial_job(
+    shards_dir: Path, model: ModelSettings, train: TrainSettings, search: SearchSettings, *, val_split: str
+) -> TrainJob:
+    """The job of a trial before its own overrides: the experiment's training, cut to `search.max_epochs` and `search.subset`.
 
     The warm-up keeps its share of the training, so that a trial is the long training in small.
     """
@@ -33,14 +35,14 @@ def trial_job(shards_dir: Path, model: ModelSettings, train: TrainSettings, sear
 
 
 def run_trial(
-    overrides: dict[str, Any], report: Callable[[dict[str, float]], None], trial_dir: Path, *, job: TrainJob, num_threads: int
+    overrides: dict[str, Any], report: Callable[[dict[str, float]], None], _trial_dir: Path, *, job: TrainJob, num_threads: int
 ) -> None:
     """Train `job` with the trial's overrides in this process, reporting each epoch; the objective of `tuning.run_search`.
 
     Args:
         overrides: dotted settings, `model.placement` and so on.
         report: given the metrics of each epoch; it may end the process.
-        trial_dir: not used, since a trial that was interrupted is tried anew.
+        _trial_dir: not used, since a trial that was interrupted is tried anew.
         job: see `trial_job`.
         num_threads: of torch, as many as the trial has CPUs.
     """

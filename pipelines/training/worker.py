@@ -26,13 +26,11 @@ import torch
 
 from infra import errors
 from infra.errors import ClusterError, PipelineError, SagsmError
-from infra.storage import sha256_json, write_json
+from infra.storage import write_json
 from pipelines.training.checkpoint import read_history
-from pipelines.training.loop import TrainResult, train
+from pipelines.training.job import TrainJob, train_job
+from pipelines.training.loop import TrainResult
 from pipelines.training.metrics import EpochMetrics
-from pipelines.training.settings import ModelSettings, TrainSettings, build_model
-from preprocessing.loader import make_loader
-from preprocessing.reader import open_shards
 
 _CHECKPOINTS, _FAILURE, _RAY = "checkpoints", "failure.json", "ray"
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -41,27 +39,6 @@ _COLLECTIVE_TIMEOUT_SECONDS = 300
 _MAX_STARTS = 10  # of the worker group, each given Ray's 60 s: time for other stages to give back what they hold
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What to train on what.
-
-    Attributes:
-        name: shown by Ray; letters, digits, `-` and `_`.
-        shards_dir: a shard set, on a disk that all workers see.
-        model: the network.
-        train: how to train it.
-        train_split: the split to train on.
-        val_split: the split to validate on.
-    """
-
-    name: str
-    shards_dir: Path
-    model: ModelSettings
-    train: TrainSettings
-    train_split: str = "train"
-    val_split: str = "validation"
 
 
 @dataclass(frozen=True)
@@ -90,38 +67,17 @@ def train_on_cluster(
         SagsmError: what a worker raised, with its own class and message; it is not tried again.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     alive_nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it
     plan = plan_workers(job.train.num_workers, alive_nodes)
-    _log.info(
-        "%s: %d workers, each with %d CPUs%s", job.name, plan.num_workers, plan.cpus, " and a GPU" if plan.use_gpu else ""
-    )
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_HEALTH_CHECK_SECONDS))
+    gpu = " and a GPU" if plan.use_gpu else ""
+    _log.info("%s: %d workers, each with %d CPUs%s", job.name, plan.num_workers, plan.cpus, gpu)
     storage_dir = storage_dir.resolve()
     storage_dir.mkdir(parents=True, exist_ok=True)
     (storage_dir / _FAILURE).unlink(missing_ok=True)
-    trainer = TorchTrainer(
-        _run_worker,  # type: ignore[arg-type]  # the stubs are those of Train V1: no return value
-        train_loop_config={"job": job, "storage_dir": storage_dir, "num_threads": plan.cpus},
-        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.num_workers,
-            use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": plan.cpus, **({"GPU": 1} if plan.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{job.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(storage_dir / _RAY),
-            failure_config=ray.train.FailureConfig(
-                max_failures=job.train.max_failures,
-                controller_failure_limit=_MAX_STARTS,  # type: ignore[call-arg]  # V1's stub
-            ),
-        ),
-    )
     try:
-        with _deliver_epochs(storage_dir / _CHECKPOINTS, on_epoch or (lambda _: None)):
-            result: TrainResult | None = trainer.fit().return_value  # type: ignore[attr-defined]  # V1's stub
+        with _deliver_epochs(storage_dir / _CHECKPOINTS, on_epoch):
+            result: TrainResult | None = _make_trainer(job, plan, storage_dir).fit().return_value
     except ray.train.TrainingFailedError as error:
         _raise_failure(storage_dir / _FAILURE)
         raise _explain(job, plan, error) from error
@@ -160,61 +116,60 @@ def plan_workers(num_workers: int, nodes: Sequence[Mapping[str, float]]) -> Work
     )
 
 
+def _make_trainer(job: TrainJob, plan: WorkerPlan, storage_dir: Path) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_HEALTH_CHECK_SECONDS))
+    return TorchTrainer(
+        _run_worker,  # type: ignore[arg-type]  # the stubs are those of Train V1: no return value
+        train_loop_config={"job": job, "storage_dir": storage_dir, "num_threads": plan.cpus},
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": plan.cpus, **({"GPU": 1} if plan.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{job.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage_dir / _RAY),
+            failure_config=ray.train.FailureConfig(
+                max_failures=job.train.max_failures,
+                controller_failure_limit=_MAX_STARTS,  # type: ignore[call-arg]  # V1's stub
+            ),
+        ),
+    )
+
+
 def _run_worker(config: dict[str, Any]) -> TrainResult | None:
     """What each worker process runs; after an error that a restart cannot cure, the restarted group ends at once."""
+    import ray.train
+    import ray.train.torch
+
     failure_path: Path = config["storage_dir"] / _FAILURE
     if failure_path.exists():
         return None
     torch.set_num_threads(config["num_threads"])
+    context = ray.train.get_context()
     try:
-        return _train_job(config["job"], config["storage_dir"] / _CHECKPOINTS)
+        return train_job(
+            config["job"],
+            checkpoint_dir=config["storage_dir"] / _CHECKPOINTS,
+            device=ray.train.torch.get_device(),
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+        )
     except SagsmError as error:
         write_json(failure_path, {"class": type(error).__name__, "message": str(error)})
         raise
 
 
-def _train_job(job: TrainJob, checkpoint_dir: Path) -> TrainResult:
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    settings = job.train
-    splits = [open_shards(job.shards_dir, split) for split in (job.train_split, job.val_split)]
-    train_loader, val_loader = (
-        make_loader(
-            shards,
-            num_segments=settings.num_segments,
-            batch_size=settings.batch_size,
-            train=is_train,
-            seed=settings.seed,
-            num_workers=settings.loader_threads,
-            pixels=settings.pixels,
-            flip=settings.flip,
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            subset=settings.subset if is_train else None,
-        )
-        for shards, is_train in zip(splits, (True, False), strict=True)
-    )
-    torch.manual_seed(settings.seed)
-    return train(
-        build_model(job.model, num_classes=len(splits[0].label_names), num_segments=settings.num_segments),
-        train_loader,
-        val_loader,
-        settings,
-        checkpoint_dir=checkpoint_dir,
-        device=ray.train.torch.get_device(),
-        identity={
-            "model": job.model.model_dump(mode="json"),
-            "label_passport": splits[0].label_passport,
-            "clips": [sha256_json(shards.keys) for shards in splits],
-        },
-    )
-
-
 @contextmanager
-def _deliver_epochs(checkpoint_dir: Path, on_epoch: Callable[[EpochMetrics], None]) -> Iterator[None]:
+def _deliver_epochs(checkpoint_dir: Path, on_epoch: Callable[[EpochMetrics], None] | None) -> Iterator[None]:
     """Call `on_epoch` for each epoch in order, from a thread, while the `with` block runs, and for the rest at its end."""
+    if on_epoch is None:
+        yield
+        return
     ended = threading.Event()
 
     def watch() -> None:

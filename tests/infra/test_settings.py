@@ -51,7 +51,10 @@ def test_assignments_are_yaml():
     assert got == {"a.b": 0.02, "c": "3a,4e", "d": True, "e": None, "f": "a=b", "g": [1, 2], "h": None}
 
 
-@pytest.mark.parametrize(("text", "message"), [("epochs", "expected NAME=VALUE"), ("=3", "expected NAME=VALUE"), ("a=[1", "is not YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("epochs", "expected NAME=VALUE"), ("=3", "expected NAME=VALUE"), ("a=[1", "is not YAML")],
+)
 def test_a_malformed_assignment_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_assignments([text])

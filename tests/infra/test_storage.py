@@ -1,5 +1,4 @@
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def test_equal_json_has_equal_hash_whatever_the_order(value):
 def test_json_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):

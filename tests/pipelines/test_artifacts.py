@@ -77,5 +77,5 @@ def test_two_writers_of_one_artifact_do_not_mix(tmp_path):
 def test_a_manifest_that_cannot_be_read_says_what_to_do(tmp_path):
     store = Store(tmp_path)
     (make(store).path / "artifact.json").write_text("{")
-    with pytest.raises(PipelineError, match="is not a readable manifest .* delete the folder"):
+    with pytest.raises(PipelineError, match=r"is not a readable manifest .* delete the folder"):
         store.find("shards", "f" * 16)

@@ -118,7 +118,10 @@ def test_only_takes_a_stage_and_what_it_needs(tmp_path, config):
         ([Stage("a", a, (), ("dataset",)), Stage("a", a, (), ("dataset",))], "same name"),
         ([Stage("c", c, ("a",))], "stage c needs a, which is no stage"),
         ([Stage("a", a)], r"its function takes \['context', 'dataset'\], its row in the table says \['context'\]"),
-        ([Stage("d", lambda context, c: {}, ("c",)), Stage("c", lambda context, d: {}, ("d",))], "in a circle: [cd] -> [cd] -> [cd]"),
+        (
+            [Stage("d", lambda context, c: {}, ("c",)), Stage("c", lambda context, d: {}, ("d",))],
+            "in a circle: [cd] -> [cd] -> [cd]",
+        ),
         ([Stage("a", lambda context, lr: {}, (), ("lr",))], "reads section lr, which no experiment has"),
     ],
 )
@@ -129,7 +132,7 @@ def test_a_wrong_table_is_refused(table, message):
 
 def test_the_pipeline_is_the_one_in_the_design():
     needs = {stage.name: set(stage.needs) for stage in check_stages(STAGES)}
-    assert list(needs)[0] == "index"
+    assert next(iter(needs)) == "index"
     assert needs["shards"] == {"index"}
     assert needs["audit"] == {"shards"}
     assert needs["search"] == {"shards"}

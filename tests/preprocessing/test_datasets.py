@@ -17,12 +17,11 @@ from preprocessing.datasets import (
     DatasetSettings,
     VideoIndex,
     index_videos,
-    label_passport,
     load_video_index,
-    mirror_labels,
     raw_listing,
     save_video_index,
 )
+from preprocessing.labels import label_passport, mirror_labels
 from preprocessing.synthetic import SyntheticSettings
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -283,14 +282,6 @@ def test_an_index_survives_saving_and_a_changed_name_is_noticed(something: Path,
     assert "cannot be read" in message_of(lambda: load_video_index(folder))
 
 
-@given(st.lists(st.text(min_size=1, max_size=5), unique=True, min_size=2, max_size=5))
-def test_the_passport_knows_names_and_order(names: list[str]) -> None:
-    passport = label_passport(names)
-    assert len(passport) == 16
-    assert passport == label_passport(tuple(names))
-    assert len({passport, label_passport(names[::-1]), label_passport(names[1:]), label_passport(["".join(names)])}) == 4
-
-
 def test_the_listing_changes_with_videos_and_annotations(diving: Path) -> None:
     settings = DatasetSettings(name="diving48", root=diving)
     seen = [raw_listing(settings)]
@@ -331,30 +322,6 @@ def test_the_listing_of_generated_videos_is_their_settings() -> None:
 
     assert listing("diving48", 1) == listing("diving48", 1)
     assert len({listing("diving48", 1), listing("diving48", 2), listing("something_v1", 1)}) == 3
-
-
-def test_mirror_labels_swap_whole_words_only() -> None:
-    names = [
-        "Pulling something from left to right",
-        "Pulling something from right to left",
-        "Turning something clockwise",
-        "Turning something counterclockwise",
-        "Turning the camera left",
-        "Putting something upright",
-        "Pulling it right out",
-        "Left turn",
-        "Right turn",
-    ]
-    assert mirror_labels(names) == [1, 0, 3, 2, -1, 5, 6, 8, 7]
-
-
-WORDS = st.sampled_from(["left", "right", "Left", "RIGHT", "clockwise", "counterclockwise", "out", "from", "bright"])
-
-
-@given(st.lists(st.lists(WORDS, min_size=1, max_size=4).map(" ".join), unique=True, max_size=30))
-def test_mirroring_twice_gives_the_label_back(names: list[str]) -> None:
-    mirrored = mirror_labels(names)
-    assert all(mirrored[other] == label for label, other in enumerate(mirrored) if other >= 0)
 
 
 @needs_annotations

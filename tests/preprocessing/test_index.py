@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 
 from infra.errors import DataError, PipelineError
-from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex, label_passport
+from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.index import (
     INDEX_SCHEMA,
     LEDGER_SCHEMA,
@@ -22,6 +22,7 @@ from preprocessing.index import (
     read_ledger,
     verify_shards,
 )
+from preprocessing.labels import label_passport
 from preprocessing.shards import ShardSettings, plan_shards, write_shard
 
 LABEL_NAMES = ["left", "right", "up"]

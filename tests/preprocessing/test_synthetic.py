@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from infra.errors import DataError
 from preprocessing import synthetic
-from preprocessing.datasets import DatasetSettings, index_videos, mirror_labels
+from preprocessing.datasets import DatasetSettings, index_videos
 from preprocessing.decode import ffmpeg_path
+from preprocessing.labels import mirror_labels
 from preprocessing.synthetic import LABEL_NAMES, Layout, Scene, SyntheticSettings, draw_scene, generate, render
 
 SMALL = SyntheticSettings(

@@ -85,7 +85,7 @@ def test_the_page_shows_everything_and_runs_nothing(
     page = read_page(output_dir / "page.html")
     text = " ".join(" ".join(page.text).split())
     assert "The shard set is whole; 1 of 23 videos were rejected." in text
-    assert "train has no video of 1 classes: Moving something from right to left." in text
+    assert "Classes without a video in train: 1 (Moving something from right to left)." in text
     assert "1 of 1 videos of test have no label" in text
     for name in hostile_names[:5]:
         assert name in "".join(page.text)
@@ -117,7 +117,7 @@ def test_damage_is_reported_and_does_not_stop_the_audit(
     assert len(summary["problems"]) == 1
     assert shard.name in summary["problems"][0]
     text = " ".join(" ".join(read_page(output_dir / "page.html").text).split())
-    assert "The shard set is damaged in 1 places; 1 of 23 videos were rejected." in text
+    assert "The shard set is damaged; 1 of 23 videos were rejected." in text
     assert not (output_dir / "figures" / "clips_train.png").exists()
     assert (output_dir / "figures" / "clips_validation.png").exists()
 

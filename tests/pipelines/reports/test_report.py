@@ -131,6 +131,6 @@ def test_a_good_result_on_a_test_split_is_not_called_chance(hostile_names: list[
 def test_absent_classes_and_unlabelled_clips_are_named() -> None:
     evaluation = summarise(np.zeros((3, 3), np.float32), np.array([0, 0, -1]), ["a", "b", "c"])
     found = " ".join(doubts(evaluation, num_trials=0))
-    assert "2 classes have no clip here and are left out of the mean: b, c." in found
-    assert "1 clips without a label are left out." in found
+    assert "Classes without a clip here, left out of the mean class accuracy: 2 (b, c)." in found
+    assert "Clips without a label, left out: 1." in found
     assert verdict(evaluation) == "Top-1 is 100.0 % on 2 clips of 3 classes; chance is 33.3 %."

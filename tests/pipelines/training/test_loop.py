@@ -100,21 +100,28 @@ def test_stopped_and_resumed_training_equals_undisturbed_training_bit_for_bit(ti
 
 @pytest.mark.parametrize("every", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_training_ends_with_the_same_bits(tiny, tmp_path, every):
-    """SIGKILL at random moments, again and again, until one attempt gets to the end."""
+    """SIGKILL a moment after a random number of steps, again and again, until one attempt gets to the end."""
     whole = train_tiny(tiny, tmp_path / "whole", settings={"epochs": 4})
     script = """
     folder, every = Path(sys.argv[1]), int(sys.argv[2])
     rng, num_kills = random.Random(every), 0
     while True:
+        step_taken, say_step = os.pipe()
         child = os.fork()
         if child == 0:
             loaders = tiny.MemoryLoader(), tiny.MemoryLoader(9, train=False)
             settings = tiny.tiny_settings(epochs=4, checkpoint_every_steps=every)
-            train(tiny.make_tiny_net(), *loaders, settings, checkpoint_dir=folder, device=torch.device("cpu"))
+            should_stop = lambda: os.write(say_step, b".") == 0
+            where = dict(checkpoint_dir=folder, device=torch.device("cpu"))
+            train(tiny.make_tiny_net(), *loaders, settings, **where, should_stop=should_stop)
             os._exit(0)
-        time.sleep(rng.uniform(0.05, 0.15 + 0.05 * num_kills))
+        os.close(say_step)
+        for _ in range(rng.randint(1, 8)):
+            os.read(step_taken, 1)
+        time.sleep(rng.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
+        os.close(step_taken)
         if os.WIFEXITED(status):
             break
         num_kills += 1

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from infra import cluster
 from infra.errors import ClusterError, DataError, PipelineError
 from infra.storage import sha256_file
+from pipelines.training.job import TrainJob
 from pipelines.training.settings import ModelSettings, TrainSettings
-from pipelines.training.worker import TrainJob, plan_workers, train_on_cluster
+from pipelines.training.worker import plan_workers, train_on_cluster
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray reads its own old options there
 
 NODES = st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 9), "GPU": st.integers(0, 3)}), min_size=1, max_size=4)
 
@@ -51,7 +54,7 @@ def job_of(shards_dir, **changes):
 
 
 def kill_a_worker():
-    workers = [child for child in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(child.info["cmdline"] or [])]
+    workers = [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
     os.kill(workers[-1].pid, signal.SIGKILL)
 
