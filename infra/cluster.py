@@ -28,6 +28,8 @@ def session(address: str | None) -> Iterator[None]:
         ClusterError: if nothing answers at `address`.
     """
     import ray
+    import ray.train.torch
+    import ray.tune  # both now: two stages whose threads import one package at the same time can each see half of it
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

@@ -3,8 +3,11 @@
 import functools
 import getpass
 import os
+import socket
 import subprocess
 from pathlib import Path
+
+import psutil
 
 
 def user_name() -> str:
@@ -28,3 +31,25 @@ def git_commit() -> str:
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return commit if Path(top) == checkout else ""
+
+
+def this_process() -> str:
+    """A name of this process that no other one ever has: host, process id, start time."""
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def has_ended(process: str) -> bool:
+    """Whether a process, named as by `this_process`, is known to have ended; False for those of other hosts.
+
+    Example:
+        >>> has_ended(this_process())
+        False
+    """
+    host, _, rest = process.partition(":")
+    pid, _, created = rest.partition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != created
+    except psutil.NoSuchProcess:
+        return True

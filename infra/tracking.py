@@ -18,12 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import quote
 
 from filelock import FileLock
 
 from infra.errors import PipelineError
-from infra.provenance import git_commit, user_name
+from infra.provenance import git_commit, has_ended, this_process, user_name
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -48,6 +47,8 @@ CLIENT_ENVIRONMENT = {
 }
 
 T = TypeVar("T")
+_WRITER = "writer"
+
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -99,6 +100,7 @@ class Tracker:
                 has it, a new run is started: losing the database loses history, not work.
         """
         everywhere = {"mlflow.source.name": "sagsm", "mlflow.source.type": "LOCAL", "mlflow.user": user_name()}
+        everywhere[_WRITER] = this_process()
         if commit := git_commit():
             everywhere["mlflow.source.git.commit"] = commit
         if parent is not None:
@@ -120,6 +122,14 @@ class Tracker:
         for run in reversed(self._runs):
             with suppress(PipelineError):  # the others must be tried as well
                 run.finish(status)
+
+    def close_abandoned_runs(self) -> None:
+        """End as KILLED the runs whose writer is gone without a word, as after SIGKILL or a power loss of this machine."""
+        with _explained(self.uri):
+            running = self._client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
+            for run in running:
+                if has_ended(run.data.tags.get(_WRITER, "")):
+                    self._client.set_terminated(run.info.run_id, "KILLED")
 
     def next_name(self, prefix: str, text: str) -> str:
         """A short name that counts up, "p07 wide search" after "p06 demo": the column of names shows about eight letters."""
@@ -270,37 +280,6 @@ class TrackedRun:
             with _explained(self._uri):
                 self._steps[name] = {metric.step for metric in self._client.get_metric_history(self.run_id, name)}
         return self._steps[name]
-
-
-def run_url(base: str, experiment_id: str, run_id: str, artifact: str = "") -> str:
-    """Address of a run's page, or of one of its files as the page shows it."""
-    page = f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"{page}/artifacts/{quote(artifact)}" if artifact else page
-
-
-def runs_url(base: str, experiment_id: str, *, stage: str = "", order_by: str = "", charts: bool = False) -> str:
-    """Address of the runs table, with its mode in the address: without it a fresh browser opens an empty page about GenAI.
-
-    Args:
-        base: address of the server.
-        experiment_id: of the experiment.
-        stage: show only the runs of this stage ("trial"), as a flat list.
-        order_by: the metric that sorts that list, best first; by name if empty.
-        charts: show the runs' charts in place of the table.
-    """
-    address = f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    if stage:
-        # Sorted by creation, the table would show the stage's parents with the matches hidden inside them.
-        key = f"metrics.`{order_by}`" if order_by else "attributes.run_name"
-        condition = f'tags.stage="{stage}"'
-        address += f"&searchFilter={quote(condition, safe='')}&orderByKey={quote(key, safe='')}&orderByAsc=false"
-    return address + ("&compareRunsMode=CHART" if charts else "")
-
-
-def compare_url(base: str, experiment_id: str, run_ids: list[str]) -> str:
-    """Address of the page that compares runs (parallel coordinates of parameters and a metric)."""
-    runs, experiments = (quote(json.dumps(ids), safe="") for ids in (run_ids, [experiment_id]))
-    return f"{base.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 def _connect(uri: str) -> "MlflowClient":

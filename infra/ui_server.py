@@ -16,7 +16,8 @@ from types import FrameType
 from typing import IO
 
 from infra.errors import PipelineError
-from infra.tracking import CLIENT_ENVIRONMENT, experiment_ids, runs_url
+from infra.links import runs_url
+from infra.tracking import CLIENT_ENVIRONMENT, experiment_ids
 
 DEFAULT_PORT = 5000
 _LOOPBACK = ("127.0.0.1", "localhost")

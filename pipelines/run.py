@@ -1,5 +1,6 @@
 """Running an experiment: plan, cluster, MLflow runs, stages, and what is left when a signal comes in between."""
 
+import importlib
 import json
 import signal
 import threading
@@ -12,15 +13,25 @@ from types import FrameType
 from typing import Any
 
 from infra import cluster
+from infra.links import run_url
 from infra.progress import StageProgress
 from infra.storage import require_free_space, write_json
-from infra.tracking import TrackedRun, Tracker, run_url, tracking_uri
+from infra.tracking import TrackedRun, Tracker, tracking_uri
 from pipelines.artifacts import Artifact, Store
 from pipelines.config import ExperimentConfig
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
 from pipelines.stages import STAGES
 
 _MINIMUM_FREE_BYTES = 200 * 10**6
+# Imported before stages run side by side: threads that import one package at the same time can each see half of it.
+_USED_BY_STAGES = (
+    "pipelines.reports.audit",
+    "pipelines.reports.report",
+    "pipelines.training.trial",
+    "pipelines.training.worker",
+    "preprocessing.tasks",
+    "tuning.search",
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,12 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         results = run_graph(planned, _must_not_run, lambda result: _say(progress, result))
         return Outcome(results, _headline(results), None)
     _prepare_workdir(request.workdir)
+    for module in _USED_BY_STAGES:
+        importlib.import_module(module)
     tracker = Tracker(
         tracking_uri(request.workdir), f"sagsm-{request.config.dataset.name}", request.workdir / "mlflow-artifacts"
     )
+    tracker.close_abandoned_runs()
     with _interruptible(), cluster.session(request.address), _killed_on_interrupt(tracker):
         pipeline = tracker.start_run(
             tracker.next_name("p", request.experiment),
@@ -120,7 +134,11 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                 )
                 sections = {section: getattr(request.config, section) for section in stage.settings}
                 started = time.monotonic()
-                summary = stage.function(context, **inputs, **sections)
+                try:
+                    summary = stage.function(context, **inputs, **sections)
+                except Exception as error:
+                    run.set_tags({"error": f"{type(error).__name__}: {error}"})
+                    raise
                 extra = {
                     "experiment": request.experiment,
                     "summary": summary,

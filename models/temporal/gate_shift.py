@@ -9,7 +9,7 @@ Legend: B clips, T segments, N = B * T frames (clips outermost), C channels, H x
 
 Where this differs from the authors' code in form, not in value: batch norm and convolution work on frames, so the map is never
 copied to [B, C, T, H, W]; the 3 x 3 x 3 kernel runs as three 3 x 3 ones whose answers are added over neighbouring segments,
-which took 0.25 to 0.6 of the time of a 3-D convolution on a CPU (two threads, both memory layouts, November 2026).
+which mostly took less time than a 3-D convolution on a CPU (two threads, both memory layouts, November 2026; in one case more).
 """
 
 import torch

@@ -6,16 +6,19 @@ data: they are drawn as plain text, never as formulas.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from infra.storage import atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from models.placement import SLOTS, parse_placement
 
 WIDTH_PIXELS = 900
 _DPI = 100
@@ -96,8 +99,6 @@ def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
         path: of the PNG.
         trials: rows of `tuning.leaderboard`, best first.
     """
-    from models.placement import SLOTS
-
     figure = _new_figure(height=max(3.8, 1.4 + 0.26 * min(len(trials), _MAX_TRIAL_ROWS)))
     scatter, grid = figure.subplots(1, 2, width_ratios=(1, 1.15))
     for state, colour in _STATE_COLOURS.items():
@@ -148,8 +149,6 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
         path: of the PNG.
         rows: title and RGB frames [H, W, 3] of each video; sizes may differ.
     """
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
-
     title_height, gap = 20, 3
     columns = max((len(frames) for _, frames in rows), default=1)
     width = (WIDTH_PIXELS - gap * (columns - 1)) // columns
@@ -169,13 +168,11 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
     return path
 
 
-def _new_figure(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
+def _new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH_PIXELS / _DPI, height), dpi=_DPI, layout="constrained", facecolor="white")
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     for axes in figure.axes:
         if axes.get_title():
             axes.spines[["top", "right"]].set_visible(False)
@@ -185,22 +182,18 @@ def _save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _tick_whole_numbers(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def _tick_whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_line(axes: "Axes", points: Sequence[tuple[float, float]], colour: str, label: str) -> None:
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, label: str) -> None:
     """A line; a single epoch would leave none, so that few points are marked."""
     if points:
         marker = "o" if len(points) <= 40 else ""
         axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3, linewidth=1.5)
 
 
-def _draw_gammas(axes: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib import colormaps
-
+def _draw_gammas(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     slots = sorted({slot for row in history for slot in row["gammas"]})
     for slot, colour in zip(slots, colormaps["viridis"](np.linspace(0, 0.92, len(slots))), strict=True):
         points = [(row["epoch"] + 1, row["gammas"][slot]) for row in history if slot in row["gammas"]]
@@ -209,14 +202,10 @@ def _draw_gammas(axes: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _square(slot: int, rank: int, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
     return Rectangle((slot - 0.44, rank - 0.42), 0.88, 0.84, facecolor=colour, edgecolor="none")
 
 
 def _slot_mask(placement: str) -> list[bool]:
-    from models.placement import SLOTS, parse_placement
-
     chosen = parse_placement(placement or "none")
     return [slot in chosen for slot in SLOTS]
 

@@ -17,6 +17,6 @@ def demo() -> ExperimentConfig:
     return ExperimentConfig(
         dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=640, num_validation=160)),
         shards=ShardSettings(videos_per_shard=64),
-        search=SearchSettings(num_trials=3, max_epochs=2, subset=192, learning_rate_low=0.02, learning_rate_high=0.08),
-        train=TrainSettings(epochs=10, batch_size=16, learning_rate=0.05, warmup_epochs=1.0, pixels=64),
+        search=SearchSettings(num_trials=3, max_epochs=2, subset=320, learning_rate_low=0.035, learning_rate_high=0.07),
+        train=TrainSettings(epochs=16, batch_size=16, learning_rate=0.05, warmup_epochs=4.0, pixels=64, num_segments=4),
     )

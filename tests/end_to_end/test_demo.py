@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -119,6 +119,11 @@ def test_more_trials_leave_the_shards_alone(undisturbed):
     assert planned["train"][1] == "needs search, which changed"
 
 
+def runs(workdir):
+    with sqlite3.connect(workdir / "mlflow.db") as database:
+        return database.execute("select name, status from runs").fetchall()
+
+
 def wait_for(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -169,22 +174,31 @@ def kill_one_worker(process):
 
 @pytest.mark.parametrize("strike", [kill_driver, terminate_driver, kill_one_worker], ids=lambda strike: strike.__name__)
 @pytest.mark.parametrize("stage", MOMENTS)
-def test_a_run_that_was_struck_down_goes_on_and_ends_the_same(undisturbed, tmp_path, stage, strike):
+def test_a_stage_that_was_struck_down_goes_on_and_ends_the_same(undisturbed, tmp_path, stage, strike):
     """SIGKILL and SIGTERM of the driver, SIGKILL of one Ray worker, in the middle of shards, search and train."""
+    needed = {"shards": [], "search": ["shards"], "train": ["shards", "search"]}[stage]
+    for name in ["index", *needed]:  # what the stage needs is taken from the undisturbed run
+        shutil.copytree(undisturbed[0] / "store" / name, tmp_path / "store" / name)
     process = subprocess.Popen(
-        command("run", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        [*command("run", tmp_path), "--only", stage], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     wait_for(MOMENTS[stage](tmp_path))
     strike(process)
     _, stderr = process.communicate(timeout=400)
-    if strike is terminate_driver:
+    if strike is kill_one_worker:
+        assert process.returncode == 0, stderr
+    elif strike is terminate_driver:
         assert process.returncode == 128 + signal.SIGTERM
         assert "stopped by SIGTERM; go on with: sagsm run demo" in stderr
-        with sqlite3.connect(tmp_path / "mlflow.db") as database:
-            open_runs = database.execute("select name from runs where status not in ('FINISHED', 'KILLED')").fetchall()
-        assert open_runs == []
+        assert {status for _, status in runs(tmp_path)} <= {"FINISHED", "KILLED"}
+    else:
+        assert process.returncode == -signal.SIGKILL
     document = sagsm("run", tmp_path)
+    assert {name: status for name, status in statuses(document).items() if name in ["index", *needed]} == dict.fromkeys(
+        ["index", *needed], "cached"
+    )
     assert set(statuses(document).values()) <= {"ran", "cached"}
+    assert {status for name, status in runs(tmp_path)} <= {"FINISHED", "KILLED"}
     assert tar_hashes(document) == tar_hashes(undisturbed[1])
     if stage == "train":
         assert weights_hash(document) == weights_hash(undisturbed[1])

@@ -1,6 +1,7 @@
 import getpass
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(getpass, "getuser", fail)
     assert provenance.user_name() == f"uid {os.getuid()}"
+
+
+def test_a_process_is_known_to_have_ended() -> None:
+    code = "from infra.provenance import this_process; print(this_process())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert provenance.has_ended(done.stdout.strip())
+    assert not provenance.has_ended(provenance.this_process())
+    assert not provenance.has_ended("another-host:1:0.00")
+    assert not provenance.has_ended("")

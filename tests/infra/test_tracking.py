@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import PipelineError
-from infra.tracking import Tracker, compare_url, experiment_ids, run_url, runs_url, tracking_uri
+from infra.tracking import Tracker, experiment_ids, tracking_uri
 
 
 @pytest.fixture(scope="session")
@@ -211,22 +211,6 @@ def test_the_environment_names_the_server(tmp_path: Path, monkeypatch: pytest.Mo
     assert tracking_uri(tmp_path) == "http://mlflow.example:5000"
 
 
-def test_addresses() -> None:
-    base = "http://127.0.0.1:5000/"
-    assert runs_url(base, "1") == "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
-    assert runs_url(base, "1", stage="trial", order_by="val/top1", charts=True) == (
-        "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
-        "&searchFilter=tags.stage%3D%22trial%22&orderByKey=metrics.%60val%2Ftop1%60&orderByAsc=false&compareRunsMode=CHART"
-    )
-    assert (
-        run_url(base, "1", "r", "report/index.html")
-        == "http://127.0.0.1:5000/#/experiments/1/runs/r/artifacts/report/index.html"
-    )
-    assert compare_url(base, "1", ["a", "b"]) == (
-        "http://127.0.0.1:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%221%22%5D"
-    )
-
-
 def test_importing_the_module_does_not_import_mlflow() -> None:
     subprocess.run([sys.executable, "-c", "import infra.tracking, sys; assert 'mlflow' not in sys.modules"], check=True)
 
@@ -258,3 +242,17 @@ def test_several_processes_make_the_database_at_once(tmp_path: Path) -> None:
     assert [(process.communicate()[0], process.returncode) for process in processes] == [("", 0)] * 3
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "demo", tmp_path)
     assert len(tracker._client.search_runs([tracker.experiment_id])) == 3
+
+
+def test_runs_of_a_killed_writer_are_closed_and_others_are_left_alone(tracker: Tracker, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from infra.tracking import Tracker\n"
+        "run = Tracker(sys.argv[1], sys.argv[2], Path(sys.argv[3])).start_run('abandoned')\n"
+        "print(run.run_id, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", code, tracker.uri, "demo", str(tmp_path / "artifacts")]
+    abandoned = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    mine = tracker.start_run("mine")
+    tracker.close_abandoned_runs()
+    assert tracker._client.get_run(abandoned).info.status == "KILLED"
+    assert tracker._client.get_run(mine.run_id).info.status == "RUNNING"
