@@ -1,6 +1,7 @@
 """The Ray cluster: one of our own on this machine, or one that is already there (`--address`)."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # data goes through files, so that only small manifests pass through Ray's object store
+_CONNECT_SECONDS = 5.0
 _TASK_OOM_RETRIES = 3  # Ray's own default is to try a task that is too big for ever
 
 
@@ -36,6 +38,7 @@ def session(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address:
+        _require_answer(address)
         excludes = (checkout() / ".rayignore").read_text().split() if (checkout() / ".rayignore").exists() else []
         options |= {"address": address, "runtime_env": {"working_dir": str(checkout()), "excludes": excludes}}
     else:
@@ -58,6 +61,20 @@ def session(address: str | None) -> Iterator[None]:
         ray.shutdown()
         raise
     ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", or a name that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster at {address}: {error}; expected the address that `ray status` or `ray start --head` prints; "
+            "leave out --address to use this machine"
+        ) from error
 
 
 def resources() -> dict[str, float]:

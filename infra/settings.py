@@ -23,6 +23,8 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+_ABOUT_AS_NEAR = 0.05  # of difflib's ratio, from 0 to 1
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: the nearest of `choices`, or all of them.
@@ -33,6 +35,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """
     known = sorted(set(choices))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    likeness = [difflib.SequenceMatcher(None, name, choice).ratio() for choice in close]
+    close = [choice for choice, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - _ABOUT_AS_NEAR]
     return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}"
 
 

@@ -1,7 +1,7 @@
 """The experiment of the first five minutes."""
 
 from pipelines.config import ExperimentConfig
-from pipelines.training.settings import TrainSettings
+from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
 from preprocessing.synthetic import SyntheticSettings
@@ -17,6 +17,7 @@ def demo() -> ExperimentConfig:
     return ExperimentConfig(
         dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=640, num_validation=160)),
         shards=ShardSettings(videos_per_shard=64),
-        search=SearchSettings(num_trials=3, max_epochs=2, subset=320, learning_rate_low=0.035, learning_rate_high=0.07),
-        train=TrainSettings(epochs=16, batch_size=16, learning_rate=0.05, warmup_epochs=4.0, pixels=64, num_segments=4),
+        search=SearchSettings(num_trials=3, max_epochs=2, subset=320, learning_rate_low=0.02, learning_rate_high=0.045),
+        model=ModelSettings(dropout=0.2),
+        train=TrainSettings(epochs=13, batch_size=8, learning_rate=0.03, warmup_epochs=3.0, pixels=48, num_segments=4),
     )

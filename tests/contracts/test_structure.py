@@ -59,7 +59,14 @@ def test_import_does_no_work(tmp_path):
         "ray = sys.modules.get('ray')\n"
         "assert ray is None or not ray.is_initialized()\n"
     )
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    caches = tmp_path.with_name(f"{tmp_path.name}-caches")  # matplotlib lists the fonts when it is first imported
+    env = {
+        "MPLCONFIGDIR": str(caches),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
