@@ -33,7 +33,7 @@ from infra.settings import Settings
 from infra.storage import write_bytes, write_json
 from preprocessing.decode import ffmpeg_path
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised whenever the same settings give other bytes."""
 
 # Class 2k sweeps coordinate k forwards, class 2k + 1 backwards. The order is not the sorted one, as in the genuine list.
@@ -149,13 +149,13 @@ def draw_scene(settings: SyntheticSettings, number: int, label: int) -> Scene:
     look = int(rng.integers(2**32))
     width = 2 * int(rng.integers(settings.min_width // 2, settings.max_width // 2 + 1))
     num_frames = int(rng.integers(settings.min_frames, settings.max_frames + 1))
-    # Sweeps cover at least 0.56 of the picture, a factor of 2.2 in size (0.27 to 0.72 of the height) and 200 degrees.
+    # Sweeps cover at least 0.56 of the picture, a factor of 2.2 in size (0.27 to 0.72 of the height) and 120 degrees.
     reach_xy = rng.uniform(0.56, 0.7, size=2)
     start_xy = 0.15 + (0.7 - reach_xy) * rng.uniform(size=2)
     start_log_size = math.log(rng.uniform(0.27, 0.3))
     reach_log_size = math.log(rng.uniform(2.2, 2.4))
     start_angle = rng.uniform(0.0, 2.0 * math.pi)
-    reach_angle = math.radians(rng.uniform(200.0, 300.0))
+    reach_angle = math.radians(rng.uniform(120.0, 180.0))
     starts = np.array([*start_xy, start_log_size, start_angle])
     reaches = np.array([*reach_xy, reach_log_size, reach_angle])
     # A common offset within the first frame's span makes each frame's instant uniform over the whole sweep.
