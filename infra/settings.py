@@ -91,6 +91,18 @@ def apply_overrides(settings: S, overrides: Mapping[str, Any]) -> S:
         raise ConfigError(explain_validation_error(error)) from error
 
 
+def changed_settings(before: Settings, after: Settings) -> dict[str, Any]:
+    """The dotted overrides with which `apply_overrides` turns `before` into `after`."""
+    changed: dict[str, Any] = {}
+    for name in type(after).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(old, Settings) and isinstance(new, Settings):
+            changed |= {f"{name}.{inner}": value for inner, value in changed_settings(old, new).items()}
+        elif old != new:
+            changed[name] = after.model_dump(mode="json")[name]
+    return changed
+
+
 def explain_validation_error(error: ValidationError) -> str:
     """One line for each wrong setting: its dotted name, what was found, what was expected."""
     lines = []

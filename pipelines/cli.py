@@ -142,7 +142,7 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     report = next((result.artifact for result in outcome.stages if result.name == "report" and result.artifact), None)
     if report:
         print(f"report:    {report.path / 'index.html'}")
-    ui = f"sagsm ui --workdir {request.workdir}"
+    ui = "sagsm ui" if request.workdir == Path("work").absolute() else f"sagsm ui --workdir {request.workdir}"
     if outcome.mlflow_path:
         print(f"MLflow:    {ui}   then http://127.0.0.1:5000/{outcome.mlflow_path.lstrip('/')}")
     else:

@@ -20,7 +20,7 @@ from infra.tracking import TrackedRun, Tracker, tracking_uri
 from pipelines.artifacts import Artifact, Store
 from pipelines.config import ExperimentConfig
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
-from pipelines.stages import STAGES
+from pipelines.stages import STAGES, config_yaml
 
 _MINIMUM_FREE_BYTES = 200 * 10**6
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
@@ -105,6 +105,7 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
             parent=None,
             tags={"stage": "pipeline", "experiment": request.experiment},
         )
+        pipeline.log_text(config_yaml(request.config), "conf/config.yaml")
         results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), lambda result: _say(progress, result))
         numbers = _headline(results)
         _close_pipeline(pipeline, results, numbers)

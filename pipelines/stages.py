@@ -8,6 +8,7 @@ A stage takes a context, the artifacts of the stages it needs, and its sections 
 """
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import yaml
 
 from infra import cluster
+from infra.settings import changed_settings
 from infra.storage import require_free_space, write_json
 from pipelines.artifacts import Artifact
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import EvaluateSettings
+from pipelines.experiments import find_experiment
 from pipelines.graph import Stage, StageContext
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DATASETS, DatasetSettings, index_videos, load_video_index, raw_listing, save_video_index
@@ -98,7 +101,7 @@ def search(
         )
     if result.best is None:
         return {"overrides": {}, "trials": [], "text": "no trials asked for; training goes by the settings"}
-    rows = leaderboard(result, f"sagsm run {context.experiment}")
+    rows = leaderboard(result, _command(context))
     write_json(context.output_dir / "leaderboard.json", rows)
     (context.output_dir / "figures").mkdir(exist_ok=True)
     context.run.log_file(draw_search(context.output_dir / "figures" / "search.png", rows), "figures")
@@ -227,6 +230,14 @@ STAGES = [
 def config_yaml(config: ExperimentConfig) -> str:
     """All settings as YAML."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _command(context: StageContext) -> str:
+    """The shell command of this experiment with the settings that were changed, but for those of the search."""
+    changed = changed_settings(find_experiment(context.experiment)(), context.config)
+    kept = {name: value for name, value in changed.items() if not name.startswith("search.")}
+    sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in kept.items()]
+    return " ".join([f"sagsm run {context.experiment}", *sets])
 
 
 def _val_split(shards: Artifact) -> str:

@@ -68,14 +68,12 @@ class ShardSettings(DecodeSettings):
     """How videos become shards.
 
     Shards hold at most `videos_per_shard` videos, of one split each, in an order drawn from `seed`. If more than
-    `max_bad_fraction` (0 to 1) of all videos are rejected, the shard set is refused. At most `max_in_flight` shards are handed
-    to the cluster at a time; it changes no byte.
+    `max_bad_fraction` (0 to 1) of all videos are rejected, the shard set is refused.
     """
 
     videos_per_shard: int = Field(default=256, ge=1)
     seed: int = 0
     max_bad_fraction: float = Field(default=0.02, ge=0, le=1)
-    max_in_flight: int = Field(default=64, ge=1)
 
 
 @dataclass(frozen=True)

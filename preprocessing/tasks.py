@@ -19,6 +19,7 @@ def write_shards(
     output_dir: Path,
     settings: ShardSettings,
     on_progress: OnProgress | None = None,
+    max_in_flight: int | None = None,
 ) -> list[ShardReport]:
     """Write all shards on the connected cluster; those that are complete already are kept.
 
@@ -32,6 +33,7 @@ def write_shards(
         output_dir: made if it does not exist.
         settings: the same for all shards.
         on_progress: called with videos done and in all, and a text such as "412 frames/s, 3 rejected".
+        max_in_flight: shards handed to the cluster at a time; None means twice as many as it has CPUs, so that none is idle.
 
     Returns:
         A report a shard, in the order of `plans`.
@@ -46,13 +48,14 @@ def write_shards(
     # Any, since Ray's annotation of retry_exceptions knows no list of exceptions, which its documentation describes.
     options: dict[str, Any] = {"num_cpus": 1, "max_retries": _MAX_RETRIES, "retry_exceptions": [OSError]}
     task = ray.remote(**options)(write_shard)
+    limit = max_in_flight or max(2, 2 * int(ray.cluster_resources()["CPU"]))  # type: ignore[no-untyped-call]  # Ray leaves it
     waiting = list(reversed(plans))
     in_flight: dict[Any, ShardPlan] = {}
     reports: dict[str, ShardReport] = {}
     progress = _Progress(on_progress, sum(len(plan.videos) for plan in plans))
     try:
         while waiting or in_flight:
-            while waiting and len(in_flight) < settings.max_in_flight:
+            while waiting and len(in_flight) < limit:
                 plan = waiting.pop()
                 in_flight[task.remote(plan, root.absolute(), output_dir.absolute(), settings)] = plan
             ready, _ = ray.wait(list(in_flight), num_returns=1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -117,6 +118,18 @@ def test_more_trials_leave_the_shards_alone(undisturbed):
     assert [name for name in ALL if planned[name][0] == "run"] == ["search", "train", "evaluate", "report"]
     assert planned["search"][1] == "search.num_trials 2 -> 3"
     assert planned["train"][1] == "needs search, which changed"
+
+
+def test_each_trial_comes_with_the_command_that_runs_it_again(undisturbed):
+    workdir, document = undisturbed
+    trials = json.loads((path_of(document, "search") / "leaderboard.json").read_bytes())
+    for trial in trials:
+        words = shlex.split(trial["command"])
+        assert words[:3] == ["sagsm", "run", "demo"]
+        assert set(SMALL[:4]) <= set(words)
+        again = [SAGSM, "plan", *words[2:], "--workdir", str(workdir), "--json"]
+        planned = json.loads(subprocess.run(again, capture_output=True, check=True).stdout)["stages"]
+        assert [stage["name"] for stage in planned if stage["status"] == "cached"] == ["index", "shards", "audit"]
 
 
 def runs(workdir):

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from infra.settings import Settings, apply_overrides, nearest, parse_assignments
+from infra.settings import Settings, apply_overrides, changed_settings, nearest, parse_assignments
 
 
 class Optimiser(Settings):
@@ -58,6 +58,13 @@ def test_assignments_are_yaml():
 def test_a_malformed_assignment_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_assignments([text])
+
+
+@given(rate=st.floats(1e-6, 10), epochs=st.integers(1, 1000), name=st.text())
+def test_changed_settings_are_the_way_from_one_to_the_other(rate, epochs, name):
+    after = Everything(train=Optimiser(learning_rate=rate, epochs=epochs), name=name)
+    assert apply_overrides(Everything(), changed_settings(Everything(), after)) == after
+    assert changed_settings(after, after) == {}
 
 
 def test_nearest_falls_back_to_all():

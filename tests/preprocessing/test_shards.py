@@ -194,7 +194,7 @@ def test_complete_shard_is_kept_and_any_other_is_written_again(tmp_path: Path) -
         tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
 
     assert write_shard(plan, root, output_dir, SETTINGS).skipped
-    more_patient = SETTINGS.model_copy(update={"max_in_flight": 3, "max_bad_fraction": 0.5})
+    more_patient = SETTINGS.model_copy(update={"max_bad_fraction": 0.5})
     assert write_shard(plan, root, output_dir, more_patient).skipped
     for damage in (tar.unlink, sidecar.unlink, damage_tar, lambda: sidecar.write_bytes(b"PAR1"), lambda: os.truncate(tar, 600)):
         damage()

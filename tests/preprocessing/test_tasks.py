@@ -82,9 +82,8 @@ def test_same_bytes_and_progress_for_any_number_of_workers(
     max_in_flight: int, root: Path, plans: list[ShardPlan], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     calls: list[tuple[int, int, str]] = []
-    chosen = SETTINGS.model_copy(update={"max_in_flight": max_in_flight})
     folder = tmp_path / "new" / "shards"
-    reports = write_shards(plans, root, folder, chosen, lambda *call: calls.append(call))
+    reports = write_shards(plans, root, folder, SETTINGS, lambda *call: calls.append(call), max_in_flight)
     assert tars(folder) == expected
     assert [report.name for report in reports] == [plan.name for plan in plans]
     assert [call[:2] for call in calls] == [(done, NUM_VIDEOS) for done in (0, 3, 6, 9, 12)]
