@@ -126,7 +126,7 @@ def test_each_trial_comes_with_the_command_that_runs_it_again(undisturbed):
     for trial in trials:
         words = shlex.split(trial["command"])
         assert words[:3] == ["sagsm", "run", "demo"]
-        assert {"dataset.synthetic.num_train=64", "train.num_segments=4"} <= set(words)
+        assert {"dataset.synthetic.num_train=64", "train.epochs=3"} <= set(words)
         again = [SAGSM, "plan", *words[2:], "--workdir", str(workdir), "--json"]
         planned = json.loads(subprocess.run(again, capture_output=True, check=True).stdout)["stages"]
         assert [stage["name"] for stage in planned if stage["status"] == "cached"] == ["index", "shards", "audit"]
