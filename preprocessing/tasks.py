@@ -46,7 +46,9 @@ def write_shards(
 
     output_dir.mkdir(parents=True, exist_ok=True)
     # Any, since Ray's annotation of retry_exceptions knows no list of exceptions, which its documentation describes.
-    options: dict[str, Any] = {"num_cpus": 1, "max_retries": _MAX_RETRIES, "retry_exceptions": [OSError]}
+    # AttributeError: a fresh worker raised one once, in November 2026, and not in six tries to see it again; most likely two
+    # of its threads were importing one package at the same time. A real one is raised after the last try all the same.
+    options: dict[str, Any] = {"num_cpus": 1, "max_retries": _MAX_RETRIES, "retry_exceptions": [OSError, AttributeError]}
     task = ray.remote(**options)(write_shard)
     limit = max_in_flight or max(2, 2 * int(ray.cluster_resources()["CPU"]))  # type: ignore[no-untyped-call]  # Ray leaves it
     waiting = list(reversed(plans))
