@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sqlite3
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -83,6 +84,8 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, artifact_root: Path) -> None:
         self.uri = uri
         self._runs: list[TrackedRun] = []
+        self._is_closed = False
+        self._starting = threading.Lock()
         with _explained(uri):
             self._client = _connect(uri)
             self.experiment_id = _find_or_create_experiment(self._client, uri, experiment, artifact_root)
@@ -98,6 +101,9 @@ class Tracker:
             tags: stage, fingerprint, dataset and so on, besides those that say who ran which commit.
             resume_id: id of a run to go on with, so that a resumed stage draws one continuous curve. If the database no longer
                 has it, a new run is started: losing the database loses history, not work.
+
+        Raises:
+            PipelineError: also after `finish_open_runs`.
         """
         everywhere = {"mlflow.source.name": "sagsm", "mlflow.source.type": "LOCAL", "mlflow.user": user_name()}
         everywhere[_WRITER] = this_process()
@@ -105,7 +111,9 @@ class Tracker:
             everywhere["mlflow.source.git.commit"] = commit
         if parent is not None:
             everywhere["mlflow.parentRunId"] = parent
-        with _explained(self.uri):
+        with self._starting, _explained(self.uri):
+            if self._is_closed:
+                raise PipelineError(f"the run {name!r} was not started, since everything is being stopped")
             earlier = self._find(resume_id) if resume_id else None
             if earlier is None:
                 made = self._client.create_run(self.experiment_id, run_name=name, tags={**everywhere, **(tags or {})})
@@ -114,11 +122,16 @@ class Tracker:
                 self._client.update_run(earlier.info.run_id, status="RUNNING", name=name)
                 run = TrackedRun(self._client, self.uri, earlier.info.run_id, name, set(earlier.data.params))
                 run.set_tags({**everywhere, **(tags or {})})
-        self._runs.append(run)
+            self._runs.append(run)
         return run
 
     def finish_open_runs(self, status: RunStatus) -> None:
-        """End all runs that this tracker started and nobody has ended, children first; for when a signal stops everything."""
+        """End all runs that this tracker started and nobody has ended, children first; for when a signal stops everything.
+
+        Other threads may still be at work then: no run can be started any more, or one would be left open.
+        """
+        with self._starting:
+            self._is_closed = True
         for run in reversed(self._runs):
             with suppress(PipelineError):  # the others must be tried as well
                 run.finish(status)

@@ -3,8 +3,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,28 @@ def test_open_runs_are_ended_together(tracker: Tracker) -> None:
     runs[2].finish()
     tracker.finish_open_runs("KILLED")
     assert [tracker._client.get_run(run.run_id).info.status for run in runs] == ["KILLED", "KILLED", "FINISHED"]
+
+
+def test_no_run_is_started_after_the_open_ones_were_ended(tracker: Tracker) -> None:
+    """A stage that is still busy in its thread would otherwise leave the run of its next trial open."""
+    threads = [threading.Thread(target=_start_runs_until_refused, args=(tracker,), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    tracker.finish_open_runs("KILLED")
+    statuses = [run.info.status for run in tracker._client.search_runs([tracker.experiment_id], max_results=1000)]
+    for thread in threads:
+        thread.join(timeout=30)
+    assert set(statuses) == {"KILLED"}
+    assert len(tracker._client.search_runs([tracker.experiment_id], max_results=1000)) == len(statuses)
+    with pytest.raises(PipelineError, match=r"'t001' was not started"):
+        tracker.start_run("t001")
+
+
+def _start_runs_until_refused(tracker: Tracker) -> None:
+    with suppress(PipelineError):
+        while True:
+            tracker.start_run("trial")
 
 
 def test_experiments_are_listed_without_the_default(tracker: Tracker) -> None:
