@@ -26,7 +26,9 @@ from pipelines.graph import Stage, StageContext
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DATASETS, DatasetSettings, index_videos, load_video_index, raw_listing, save_video_index
 from preprocessing.index import finish_shard_set, read_dataset_info
-from preprocessing.shards import ShardSettings, plan_shards
+from preprocessing.planning import plan_shards
+from preprocessing.shards import ShardSettings
+from preprocessing.sources import FolderSource
 from preprocessing.synthetic import generate
 from tuning.space import SearchSettings
 
@@ -58,8 +60,8 @@ def shards(context: StageContext, index: Artifact, shards: ShardSettings) -> dic
     root = index.path / index.summary["root"]
     found = load_video_index(index.path)
     require_free_space(context.output_dir, _MINIMUM_SHARD_BYTES, "writing shards")
-    plans = plan_shards(found.videos, shards)
-    write_shards(plans, root, context.output_dir, shards, context.on_progress)
+    plans = plan_shards(found.videos, videos_per_shard=shards.videos_per_shard, seed=shards.seed)
+    write_shards(plans, FolderSource(root), context.output_dir, shards, context.on_progress)
     counts = finish_shard_set(context.output_dir, found, plans, shards, index.summary["dataset"])
     info = read_dataset_info(context.output_dir)
     context.run.log_metrics({f"shards/{name}": counts[name] for name in ("kept", "rejected", "frames", "bytes")})
@@ -217,8 +219,8 @@ def report(
 
 
 STAGES = [
-    Stage("index", index, settings=("dataset",), raw=lambda config: raw_listing(config.dataset)),
-    Stage("shards", shards, needs=("index",), settings=("shards",)),
+    Stage("index", index, settings=("dataset",), version=2, raw=lambda config: raw_listing(config.dataset)),
+    Stage("shards", shards, needs=("index",), settings=("shards",), version=2),
     Stage("audit", audit, needs=("shards",)),
     Stage("search", search, needs=("shards",), settings=("search", "model", "train")),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train")),

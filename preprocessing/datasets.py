@@ -28,7 +28,15 @@ from preprocessing.labels import label_passport
 from preprocessing.synthetic import GENERATOR_VERSION, SyntheticSettings
 
 VIDEO_SCHEMA = pa.schema(
-    {"video_id": pa.string(), "path": pa.string(), "kind": pa.string(), "split": pa.string(), "label": pa.int32()}
+    {
+        "video_id": pa.string(),
+        "path": pa.string(),
+        "kind": pa.string(),
+        "split": pa.string(),
+        "label": pa.int32(),
+        "start": pa.float64(),
+        "end": pa.float64(),
+    }
 )
 # A video id becomes a path and an argument of programs, so it holds nothing but these; 158 genuine ids begin with "-".
 _VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,200}", re.ASCII)
@@ -118,7 +126,9 @@ def index_videos(settings: DatasetSettings, root: Path) -> VideoIndex:
         splits += [split] * len(rows)
         labels += [label for _, _, label in rows]
     paths = [f"{layout.videos_dir}/{video_id}{layout.suffix}" for video_id in ids]
+    whole = [None] * len(ids)
     columns = {"video_id": ids, "path": paths, "kind": [layout.kind] * len(ids), "split": splits, "label": labels}
+    columns |= {"start": whole, "end": whole}
     return VideoIndex(videos=pa.table(columns, schema=VIDEO_SCHEMA), label_names=label_names)
 
 

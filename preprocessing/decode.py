@@ -61,13 +61,15 @@ class DecodedVideo:
     """The frames of one video, in order.
 
     `frames` are whole JPEG files of one size, `height` x `width` pixels; `fps` is what the container says (None if it does not,
-    and for frame folders); `detail` holds what the decoder complained about although the video is kept, or "".
+    and for frame folders); `source_bytes` is the size of the raw file or files; `detail` holds what the decoder complained
+    about although the video is kept, or "".
     """
 
     frames: list[bytes]
     fps: float | None
     height: int
     width: int
+    source_bytes: int
     detail: str
 
 
@@ -148,7 +150,7 @@ def decode_video(path: Path, settings: DecodeSettings) -> DecodedVideo:
         raise VideoRejectedError("no_frames", detail or "ffmpeg ended well but gave no frame")
     height, width = _common_size(frames)
     rates = [float(found[1]) * (1000 if found[2] else 1) for line in lines if (found := _FPS.search(line))]
-    return DecodedVideo(frames, rates[-1] if rates else None, height, width, detail)
+    return DecodedVideo(frames, rates[-1] if rates else None, height, width, path.stat().st_size, detail)
 
 
 def read_frame_folder(path: Path, settings: DecodeSettings) -> DecodedVideo:
@@ -185,7 +187,7 @@ def read_frame_folder(path: Path, settings: DecodeSettings) -> DecodedVideo:
         _require_whole_jpeg(data, name)
         frames.append(data)
     height, width = _common_size(frames)
-    return DecodedVideo(frames, None, height, width, "")
+    return DecodedVideo(frames, None, height, width, num_bytes, "")
 
 
 def split_jpegs(data: bytes) -> list[bytes]:

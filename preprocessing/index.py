@@ -17,9 +17,11 @@ from infra.storage import sha256_file, write_bytes, write_json
 from preprocessing.datasets import VideoIndex
 from preprocessing.decode import ffmpeg_version
 from preprocessing.labels import label_passport
-from preprocessing.shards import FORMAT_VERSION, SIDECAR_SCHEMA, ShardPlan, ShardSettings, read_sidecar, read_tar
+from preprocessing.planning import ShardPlan
+from preprocessing.shards import FORMAT_VERSION, SIDECAR_SCHEMA, ShardSettings, read_sidecar, read_tar
 
-_INDEX_COLUMNS = ["key", "shard", "split", "label", "num_frames", "fps", "height", "width", "frame_offsets", "frame_sizes"]
+_INDEX_COLUMNS = ["key", "shard", "split", "label", "num_frames", "fps", "height", "width"]
+_INDEX_COLUMNS += ["sample_offset", "sample_bytes", "sample_crc32", "frame_offsets", "frame_sizes", "frame_crc32"]
 _LEDGER_COLUMNS = [
     "video_id",
     "key",
@@ -30,6 +32,8 @@ _LEDGER_COLUMNS = [
     "detail",
     "num_frames",
     "num_bytes",
+    "source_bytes",
+    "content_sha256",
     "seconds",
     "shard",
 ]
@@ -80,7 +84,7 @@ def finish_shard_set(
     """
     tables, shards = [], {}
     for plan in plans:
-        table, commit = read_sidecar(output_dir / plan.sidecar_name)
+        table, commit = read_sidecar(output_dir, plan.sidecar_name)
         num_samples = table["status"].to_pylist().count("kept")
         shards[plan.name] = ShardInfo(sha256=commit.tar_sha256, bytes=commit.tar_bytes, samples=num_samples, split=plan.split)
         tables.append(table)

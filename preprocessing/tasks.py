@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ClusterError, PipelineError, SagsmError
+from infra.filesystems import Folder
 from infra.progress import OnProgress
-from preprocessing.shards import ShardPlan, ShardReport, ShardSettings, write_shard
+from preprocessing.planning import ShardPlan
+from preprocessing.shards import ShardReport, ShardSettings, write_shard
+from preprocessing.sources import Source
 
 _MAX_RETRIES = 3
 _SECONDS_TO_STOP = 20.0
@@ -15,8 +18,8 @@ _SECONDS_TO_STOP = 20.0
 
 def write_shards(
     plans: Sequence[ShardPlan],
-    root: Path,
-    output_dir: Path,
+    source: Source,
+    output: Folder | Path,
     settings: ShardSettings,
     on_progress: OnProgress | None = None,
     max_in_flight: int | None = None,
@@ -24,13 +27,13 @@ def write_shards(
     """Write all shards on the connected cluster; those that are complete already are kept.
 
     A worker or node that dies, and an error of the operating system, make the task run again, at most three times; that is
-    safe, since a shard is whole or absent and its bytes do not depend on who writes it. `root` and `output_dir` must be visible
-    under the same path on every node. On an error or a signal the other tasks are cancelled before this returns.
+    safe, since a shard is whole or absent and its bytes do not depend on who writes it. Local folders must be visible under the
+    same path on every node. On an error or a signal the other tasks are cancelled before this returns.
 
     Args:
         plans: from `plan_shards`.
-        root: the dataset's folder.
-        output_dir: made if it does not exist.
+        source: gives the frames.
+        output: made if it does not exist.
         settings: the same for all shards.
         on_progress: called with videos done and in all, and a text such as "412 frames/s, 3 rejected".
         max_in_flight: shards handed to the cluster at a time; None means twice as many as it has CPUs, so that none is idle.
@@ -44,7 +47,8 @@ def write_shards(
     """
     import ray
 
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output = Folder(output)
+    output.make()
     # Any, since Ray's annotation of retry_exceptions knows no list of exceptions, which its documentation describes.
     # AttributeError: a fresh worker raised one once, in November 2026, and not in six tries to see it again; most likely two
     # of its threads were importing one package at the same time. A real one is raised after the last try all the same.
@@ -59,7 +63,7 @@ def write_shards(
         while waiting or in_flight:
             while waiting and len(in_flight) < limit:
                 plan = waiting.pop()
-                in_flight[task.remote(plan, root.absolute(), output_dir.absolute(), settings)] = plan
+                in_flight[task.remote(plan, source, output, settings)] = plan
             ready, _ = ray.wait(list(in_flight), num_returns=1)
             plan = in_flight.pop(ready[0])
             reports[plan.name] = _result(ready[0], plan)

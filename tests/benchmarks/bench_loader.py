@@ -35,11 +35,13 @@ import webdataset
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from preprocessing.datasets import VideoIndex
+from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.index import finish_shard_set
 from preprocessing.loader import make_loader, open_shards
+from preprocessing.planning import plan_shards
 from preprocessing.segments import segment_indices
-from preprocessing.shards import ShardSettings, plan_shards, write_shard
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
 from preprocessing.transforms import clip_rng, draw_train_crop
 
 NUM_SEGMENTS = 8
@@ -93,12 +95,11 @@ def write_shards(folder: Path, num_videos: int, height: int, width: int) -> tupl
             data = simplejpeg.encode_jpeg(frame, quality=85, colorsubsampling="420")
             num_bytes += len(data)
             (root / video_id / f"{frame_index + 1:05d}.jpg").write_bytes(data)
-    schema = pa.schema([(name, pa.string()) for name in ("video_id", "path", "kind", "split")] + [("label", pa.int32())])
-    index = VideoIndex(pa.Table.from_pylist(rows, schema=schema), ["a", "b", "c", "d"])
+    index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), ["a", "b", "c", "d"])
     settings = ShardSettings(videos_per_shard=max(1, num_videos // 8))
-    plans = plan_shards(index.videos, settings)
+    plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
     for plan in plans:
-        write_shard(plan, root, output_dir, settings)
+        write_shard(plan, FolderSource(root), output_dir, settings)
     finish_shard_set(output_dir, index, plans, settings, "something_v1")
     return output_dir, num_bytes // (num_videos * NUM_FRAMES)
 

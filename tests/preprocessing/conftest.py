@@ -3,9 +3,11 @@ import pyarrow as pa
 import pytest
 import simplejpeg
 
-from preprocessing.datasets import VideoIndex
+from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.index import finish_shard_set
-from preprocessing.shards import ShardSettings, plan_shards, write_shard
+from preprocessing.planning import plan_shards
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +29,11 @@ def tiny_shard_dir(tmp_path_factory):
             frame[..., 1:] = 8 * video, 20 * frame_index
             data = simplejpeg.encode_jpeg(frame, quality=98, colorsubsampling="444")
             (root / video_id / f"{frame_index + 1:05d}.jpg").write_bytes(data)
-    schema = pa.schema([(name, pa.string()) for name in ("video_id", "path", "kind", "split")] + [("label", pa.int32())])
     label_names = ["moving left", "moving right", "moving up", "turning left"]
-    index = VideoIndex(pa.Table.from_pylist(rows, schema=schema), label_names)
+    index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), label_names)
     settings = ShardSettings(videos_per_shard=8)
-    plans = plan_shards(index.videos, settings)
+    plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
     for plan in plans:
-        write_shard(plan, root, output_dir, settings)
+        write_shard(plan, FolderSource(root), output_dir, settings)
     finish_shard_set(output_dir, index, plans, settings, "something_v1")
     return output_dir

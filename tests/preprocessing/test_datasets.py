@@ -77,7 +77,7 @@ def test_something_is_read_in_file_order_with_sorted_classes(something: Path) ->
     index = index_videos(SOMETHING, something)
     assert index.label_names == ["Dropping something, softly", "Holding something", "Moving something up"]
     strings = [(name, pa.string()) for name in ("video_id", "path", "kind", "split")]
-    assert index.videos.schema == pa.schema([*strings, ("label", pa.int32())])
+    assert index.videos.schema == pa.schema([*strings, ("label", pa.int32()), ("start", pa.float64()), ("end", pa.float64())])
     columns = index.videos.to_pydict()
     assert columns["video_id"] == ["7", "2", "9", "4", "5", "3"]
     assert columns["label"] == [2, 0, 1, 1, None, None]
@@ -93,6 +93,8 @@ def test_diving_is_read_with_vocabulary_order(diving: Path) -> None:
         "video_id": ["-mmq0PT-u8k_00155", "b_00001", "c_00002"],
         "path": ["rgb/-mmq0PT-u8k_00155.mp4", "rgb/b_00001.mp4", "rgb/c_00002.mp4"],
         "kind": ["video"] * 3,
+        "start": [None] * 3,
+        "end": [None] * 3,
         "split": ["train", "train", "test"],
         "label": [0, 1, 1],
     }

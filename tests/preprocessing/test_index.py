@@ -23,7 +23,9 @@ from preprocessing.index import (
     verify_shards,
 )
 from preprocessing.labels import label_passport
-from preprocessing.shards import ShardSettings, plan_shards, write_shard
+from preprocessing.planning import plan_shards
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
 
 LABEL_NAMES = ["left", "right", "up"]
 SETTINGS = ShardSettings(videos_per_shard=3, max_bad_fraction=0.4)
@@ -52,9 +54,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     index = make_raw(root)
     output_dir = root / "shards"
     output_dir.mkdir()
-    plans = plan_shards(index.videos, SETTINGS)
+    plans = plan_shards(index.videos, videos_per_shard=SETTINGS.videos_per_shard, seed=SETTINGS.seed)
     for plan in plans:
-        write_shard(plan, root, output_dir, SETTINGS)
+        write_shard(plan, FolderSource(root), output_dir, SETTINGS)
     return output_dir, finish_shard_set(output_dir, index, plans, SETTINGS, "something_v1")
 
 
@@ -134,11 +136,11 @@ def test_verify_sees_an_index_that_points_elsewhere(shard_set: Path) -> None:
 def test_too_many_rejected_videos_are_refused_with_what_to_do(tmp_path: Path) -> None:
     index = make_raw(tmp_path)
     strict = SETTINGS.model_copy(update={"max_bad_fraction": 0.02})
-    plans = plan_shards(index.videos, strict)
+    plans = plan_shards(index.videos, videos_per_shard=strict.videos_per_shard, seed=strict.seed)
     output_dir = tmp_path / "shards"
     output_dir.mkdir()
     for plan in plans:
-        write_shard(plan, tmp_path, output_dir, strict)
+        write_shard(plan, FolderSource(tmp_path), output_dir, strict)
     with pytest.raises(PipelineError) as caught:
         finish_shard_set(output_dir, index, plans, strict, "something_v1")
     message = str(caught.value)
@@ -152,7 +154,7 @@ def test_too_many_rejected_videos_are_refused_with_what_to_do(tmp_path: Path) ->
 
 def test_books_that_do_not_balance_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     index = make_raw(tmp_path)
-    plans = plan_shards(index.videos, SETTINGS)
+    plans = plan_shards(index.videos, videos_per_shard=SETTINGS.videos_per_shard, seed=SETTINGS.seed)
     output_dir = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     with pytest.raises(
         PipelineError, match=r"account for 7 videos, the index lists 9, expected each exactly once \(missing: \["
@@ -181,7 +183,7 @@ def test_reading_errors_say_what_to_do(shard_set: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "has format version 2, this program reads 1"),
+        ({"format_version": 3}, "has format version 3, this program reads 2"),
         ({"label_names": ["left", "right", "down"]}, "says label passport"),
         ({"surprise": 1}, "is damaged: surprise: Extra inputs are not permitted"),
         ({"shards": {"a.tar": {}}}, r"is damaged: shards\.a\.tar\.sha256: Field required"),

@@ -12,7 +12,9 @@ from infra.errors import PipelineError
 from preprocessing import decode
 from preprocessing.datasets import VIDEO_SCHEMA
 from preprocessing.decode import ffmpeg_path
-from preprocessing.shards import ShardPlan, ShardSettings, plan_shards, write_shard
+from preprocessing.planning import ShardPlan, plan_shards
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
 from preprocessing.tasks import write_shards
 
 ray = pytest.importorskip("ray")
@@ -61,7 +63,9 @@ def plans() -> list[ShardPlan]:
         {"video_id": f"v{number}", "path": f"v{number}.mp4", "kind": "video", "split": "train", "label": number % 2}
         for number in range(NUM_VIDEOS)
     ]
-    return plan_shards(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), SETTINGS)
+    return plan_shards(
+        pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), videos_per_shard=SETTINGS.videos_per_shard, seed=SETTINGS.seed
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def expected(root: Path, plans: list[ShardPlan], tmp_path_factory: pytest.TempPa
     """The tars as one process writes them, in reverse order."""
     folder = tmp_path_factory.mktemp("expected")
     for plan in reversed(plans):
-        write_shard(plan, root, folder, SETTINGS)
+        write_shard(plan, FolderSource(root), folder, SETTINGS)
     return tars(folder)
 
 
@@ -83,7 +87,7 @@ def test_same_bytes_and_progress_for_any_number_of_workers(
 ) -> None:
     calls: list[tuple[int, int, str]] = []
     folder = tmp_path / "new" / "shards"
-    reports = write_shards(plans, root, folder, SETTINGS, lambda *call: calls.append(call), max_in_flight)
+    reports = write_shards(plans, FolderSource(root), folder, SETTINGS, lambda *call: calls.append(call), max_in_flight)
     assert tars(folder) == expected
     assert [report.name for report in reports] == [plan.name for plan in plans]
     assert [call[:2] for call in calls] == [(done, NUM_VIDEOS) for done in (0, 3, 6, 9, 12)]
@@ -94,10 +98,10 @@ def test_same_bytes_and_progress_for_any_number_of_workers(
 def test_interrupted_set_goes_on_with_what_is_missing(
     root: Path, plans: list[ShardPlan], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    write_shards(plans[:2], root, tmp_path, SETTINGS)
+    write_shards(plans[:2], FolderSource(root), tmp_path, SETTINGS)
     (tmp_path / plans[1].sidecar_name).unlink()
     (tmp_path / ".tmp-00000000-train-000002.tar").write_bytes(b"half")
-    reports = write_shards(plans, root, tmp_path, SETTINGS)
+    reports = write_shards(plans, FolderSource(root), tmp_path, SETTINGS)
     assert [report.skipped for report in reports] == [True, False, False, False]
     assert tars(tmp_path) == expected
     assert not list(tmp_path.glob(".tmp-*"))
@@ -107,7 +111,7 @@ def test_killed_worker_is_replaced_and_the_bytes_are_the_same(
     kill_marker: Path, root: Path, plans: list[ShardPlan], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     kill_marker.touch()
-    write_shards(plans, root, tmp_path, SETTINGS)
+    write_shards(plans, FolderSource(root), tmp_path, SETTINGS)
     assert not kill_marker.exists()
     assert tars(tmp_path) == expected
     assert not list(tmp_path.glob(".tmp-*"))
@@ -121,7 +125,7 @@ def test_full_disk_names_the_shard_and_stops_the_others(root: Path, plans: list[
     try:
         (tmp_path / "filler").write_bytes(bytes(60_000))
         with pytest.raises(PipelineError, match=r"^shard train-00000\d\.tar: no space left for shard .*; free some space"):
-            write_shards(plans, root, tmp_path, SETTINGS)
+            write_shards(plans, FolderSource(root), tmp_path, SETTINGS)
         assert not list(tmp_path.glob("*.parquet"))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
@@ -131,4 +135,4 @@ def test_error_of_the_operating_system_is_tried_again_and_then_told(root: Path, 
     folder = tmp_path / "shards"
     (folder / plans[0].name).mkdir(parents=True)  # a folder stands where the tar should go
     with pytest.raises(PipelineError, match=r"shard train-000000\.tar was tried 4 times and failed with IsADirectoryError"):
-        write_shards(plans[:1], root, folder, SETTINGS)
+        write_shards(plans[:1], FolderSource(root), folder, SETTINGS)

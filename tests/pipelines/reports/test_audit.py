@@ -11,9 +11,11 @@ import simplejpeg
 
 from infra.errors import DataError
 from pipelines.reports.audit import write_audit
-from preprocessing.datasets import VideoIndex
+from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.index import finish_shard_set
-from preprocessing.shards import ShardSettings, plan_shards, write_shard
+from preprocessing.planning import plan_shards
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
 
 BROKEN = ("train", 3)
 
@@ -37,18 +39,11 @@ def shard_dir(tmp_path: Path, hostile_names: list[str]) -> Path:
                 (folder / "00002.jpg").write_bytes(b"no jpeg")
             video_id = "=1+1" if (split, number) == BROKEN else folder.name
             rows.append({"video_id": video_id, "path": folder.name, "kind": "frames", "split": split, "label": label})
-    columns = [
-        ("video_id", pa.string()),
-        ("path", pa.string()),
-        ("kind", pa.string()),
-        ("split", pa.string()),
-        ("label", pa.int32()),
-    ]
-    index = VideoIndex(pa.Table.from_pylist(rows, schema=pa.schema(columns)), names)
+    index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), names)
     settings = ShardSettings(videos_per_shard=8, max_bad_fraction=0.5)
-    plans = plan_shards(index.videos, settings)
+    plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
     for plan in plans:
-        write_shard(plan, root, output_dir, settings)
+        write_shard(plan, FolderSource(root), output_dir, settings)
     finish_shard_set(output_dir, index, plans, settings, "something_v1")
     return output_dir
 

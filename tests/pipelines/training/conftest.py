@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from pipelines.training.settings import TrainSettings
-from preprocessing.datasets import VideoIndex
+from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.index import finish_shard_set
 from preprocessing.loader import Batch
-from preprocessing.shards import ShardSettings, plan_shards, write_shard
+from preprocessing.planning import plan_shards
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
 
 NUM_CLASSES, NUM_SEGMENTS, PIXELS = 3, 2, 8
 
@@ -122,11 +124,10 @@ def shards_dir(tmp_path_factory):
             light = 30 * (frame_index if video % 2 else 5 - frame_index)
             data = simplejpeg.encode_jpeg((noise + light).astype(np.uint8), quality=90)
             (root / video_id / f"{frame_index + 1:05d}.jpg").write_bytes(data)
-    schema = pa.schema([(name, pa.string()) for name in ("video_id", "path", "kind", "split")] + [("label", pa.int32())])
-    index = VideoIndex(pa.Table.from_pylist(rows, schema=schema), ["getting darker", "getting brighter"])
+    index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), ["getting darker", "getting brighter"])
     settings = ShardSettings(videos_per_shard=16)
-    plans = plan_shards(index.videos, settings)
+    plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
     for plan in plans:
-        write_shard(plan, root, output_dir, settings)
+        write_shard(plan, FolderSource(root), output_dir, settings)
     finish_shard_set(output_dir, index, plans, settings, "something_v1")
     return output_dir
