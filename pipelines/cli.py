@@ -199,7 +199,7 @@ def ui(
 def shards_verify(folder: Annotated[Path, typer.Argument(help="Holds dataset.json.")], as_json: JsonOption = False) -> None:
     """Read every shard and compare it with its hash and its index; exit code 2 when something is wrong."""
     from infra.errors import DataError
-    from preprocessing.index import verify_shards
+    from preprocessing.verify import verify_shards
 
     problems = verify_shards(folder)
     if as_json:

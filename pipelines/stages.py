@@ -25,7 +25,8 @@ from pipelines.experiments import find_experiment
 from pipelines.graph import Stage, StageContext
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DATASETS, DatasetSettings, index_videos, load_video_index, raw_listing, save_video_index
-from preprocessing.index import finish_shard_set, read_dataset_info
+from preprocessing.finish import finish_shard_set
+from preprocessing.index import read_dataset_info
 from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings
 from preprocessing.sources import FolderSource

@@ -9,8 +9,9 @@ import pyarrow as pa
 from infra.errors import DataError
 from pipelines.evaluation.figures import draw_contact_sheet, draw_histogram
 from pipelines.reports.page import data_uri, write_csv, write_page
-from preprocessing.index import DatasetInfo, read_dataset_info, read_index, read_ledger, verify_shards
+from preprocessing.index import DatasetInfo, read_dataset_info, read_index, read_ledger
 from preprocessing.reader import FrameReader, open_shards
+from preprocessing.verify import verify_shards
 
 FILE_NAME = "page.html"
 _REJECTED_COLUMNS = ("video_id", "split", "label_name", "reason", "detail")

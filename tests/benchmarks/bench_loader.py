@@ -36,7 +36,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
-from preprocessing.index import finish_shard_set
+from preprocessing.finish import finish_shard_set
 from preprocessing.loader import make_loader, open_shards
 from preprocessing.planning import plan_shards
 from preprocessing.segments import segment_indices

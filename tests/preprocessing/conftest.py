@@ -4,7 +4,7 @@ import pytest
 import simplejpeg
 
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
-from preprocessing.index import finish_shard_set
+from preprocessing.finish import finish_shard_set
 from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings, write_shard
 from preprocessing.sources import FolderSource

@@ -12,20 +12,15 @@ import pytest
 import simplejpeg
 
 from infra.errors import DataError, PipelineError
+from infra.storage import sha256_json
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
-from preprocessing.index import (
-    INDEX_SCHEMA,
-    LEDGER_SCHEMA,
-    finish_shard_set,
-    read_dataset_info,
-    read_index,
-    read_ledger,
-    verify_shards,
-)
+from preprocessing.finish import finish_shard_set
+from preprocessing.index import INDEX_SCHEMA, LEDGER_SCHEMA, read_dataset_info, read_index, read_ledger
 from preprocessing.labels import label_passport
 from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings, write_shard
 from preprocessing.sources import FolderSource
+from preprocessing.verify import verify_shards
 
 LABEL_NAMES = ["left", "right", "up"]
 SETTINGS = ShardSettings(videos_per_shard=3, max_bad_fraction=0.4)
@@ -191,8 +186,17 @@ def test_reading_errors_say_what_to_do(shard_set: Path, tmp_path: Path) -> None:
 )
 def test_dataset_json_is_checked(shard_set: Path, change: dict[str, Any], message: str) -> None:
     file = shard_set / "dataset.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    content = json.loads(file.read_text()) | change
+    del content["checksum"]
+    file.write_text(json.dumps(content | {"checksum": sha256_json(content)}))
     with pytest.raises(DataError, match=message):
+        read_dataset_info(shard_set)
+
+
+def test_a_changed_dataset_json_is_refused(shard_set: Path) -> None:
+    file = shard_set / "dataset.json"
+    file.write_text(file.read_text().replace('"videos": 9', '"videos": 8'))
+    with pytest.raises(DataError, match="does not have the checksum that it states"):
         read_dataset_info(shard_set)
 
 

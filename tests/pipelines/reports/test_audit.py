@@ -12,7 +12,7 @@ import simplejpeg
 from infra.errors import DataError
 from pipelines.reports.audit import write_audit
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
-from preprocessing.index import finish_shard_set
+from preprocessing.finish import finish_shard_set
 from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings, write_shard
 from preprocessing.sources import FolderSource

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipelines.training.settings import TrainSettings
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
-from preprocessing.index import finish_shard_set
+from preprocessing.finish import finish_shard_set
 from preprocessing.loader import Batch
 from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings, write_shard
