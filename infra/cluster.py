@@ -43,7 +43,8 @@ def session(address: str | None) -> Iterator[None]:
         options |= {"address": address, "runtime_env": {"working_dir": str(checkout()), "excludes": excludes}}
     else:
         system = {"task_oom_retries": _TASK_OOM_RETRIES}
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_system_config": system}
+        options |= {"address": "local", "include_dashboard": False}  # local: never join a cluster that happens to run here
+        options |= {"object_store_memory": _OBJECT_STORE_BYTES, "_system_config": system}
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -253,18 +253,18 @@ class TrackedRun:
         with _explained(self._uri):
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
-    def log_dataset(self, name: str, digest: str, source: Path, context: str) -> None:
+    def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Record an input: shown as "name (digest) context" in the runs table.
 
         Args:
             name: of the dataset.
             digest: hash of its content; MLflow keeps 36 characters.
-            source: the folder that was read.
+            source: the folder that was read, as an absolute path or a URL.
             context: what for, "train" or "evaluate".
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        place = json.dumps({"uri": source.resolve().as_uri()})
+        place = json.dumps({"uri": source if "://" in source else Path(source).as_uri()})
         dataset = Dataset(name=name, digest=digest[:_DATASET_DIGEST_CHARACTERS], source_type="local", source=place)
         with _explained(self._uri):
             self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])

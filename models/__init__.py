@@ -1,18 +1,29 @@
-"""Networks for video classification: TSN, GSM and SA-GSM on BN-Inception. Imports nothing else of ours."""
+"""Networks for video classification: TSN, TSM, TRN, GSM and SA-GSM on five backbones, and 3-D baselines.
+
+Imports nothing else of ours.
+"""
 
 from models.classifier import VideoClassifier, parameter_roles
-from models.factory import create_model, list_models, model_options
+from models.factory import create_model, list_models, model_options, model_slots
+from models.facts import ModelFacts, describe_model
+from models.imagenet import BACKBONE_SOURCES, LoadedNames, load_backbone_weights
 from models.placement import SLOTS, Placement, parse_placement
 from models.weights import load_published_weights
 
 __all__ = [
+    "BACKBONE_SOURCES",
     "SLOTS",
+    "LoadedNames",
+    "ModelFacts",
     "Placement",
     "VideoClassifier",
     "create_model",
+    "describe_model",
     "list_models",
+    "load_backbone_weights",
     "load_published_weights",
     "model_options",
+    "model_slots",
     "parameter_roles",
     "parse_placement",
 ]

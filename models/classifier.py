@@ -1,13 +1,17 @@
-"""From clips to logits: a backbone on every frame, then one linear layer, then the mean over segments.
+"""From clips to logits: a backbone on every frame, one linear layer, then the consensus over segments.
 
-Wang et al.: Temporal Segment Networks, ECCV 2016, https://arxiv.org/abs/1608.00859. The names `base_model` and `new_fc`
-and the initial values of `new_fc` are those of the code that TSN, TSM, GSM and SA-GSM share.
+Wang et al.: Temporal Segment Networks, ECCV 2016, https://arxiv.org/abs/1608.00859. The names `base_model`, `new_fc` and
+`consensus` and the initial values of `new_fc` are those of the code that TSN, TRN, TSM, GSM and SA-GSM share.
 
-Legend: B clips, T segments, N = B * T frames (clips outermost), K classes.
+Legend: B clips, T segments, N = B * T frames (clips outermost), F what `new_fc` says of a frame, K classes.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.temporal.consensus import MeanConsensus
+from models.temporal.relation import MultiScaleRelation
 
 INPUT_FORMATS = {
     "unit_rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
@@ -20,17 +24,21 @@ ROLES = ("weight", "bias", "norm", "gate", "gamma")
 
 
 class VideoClassifier(nn.Module):
-    """Classify clips by the mean of their frames' logits (segment consensus).
+    """Classify clips: a backbone, `new_fc` on its features, and the consensus over segments.
+
+    A backbone that takes whole clips (`takes_clips`, the 3-D baselines) has no segments to agree: `new_fc` gives the logits.
 
     Args:
-        backbone: frames [N, 3, H, W] to features [N, num_features]; says `num_features`.
+        backbone: frames [N, 3, H, W] to features [N, num_features], or with `takes_clips` clips [B, 3, T, H, W] to
+            [B, num_features]; says `num_features`, and `min_pixels` if it needs a least height and width.
         num_classes: K, at least 1.
         num_segments: T, at least 1; clips of another length are refused.
         dropout: probability in [0, 1) that a feature is dropped before the linear layer, in training.
         input_format: what `prepare` makes of bytes: "unit_rgb" or "caffe_bgr" (needed for published weights).
+        consensus: from [B, T, F] to [B, K]; None: the mean over segments of the frames' logits (F = K).
 
     Shape:
-        input: float [B, T, 3, H, W], H and W at least 32. Output: logits [B, K].
+        input: float [B, T, 3, H, W], H and W at least `backbone.min_pixels`. Output: logits [B, K].
 
     Raises:
         ValueError: for an argument outside its range.
@@ -40,7 +48,14 @@ class VideoClassifier(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, *, num_classes: int, num_segments: int, dropout: float = 0.5, input_format: str = "unit_rgb"
+        self,
+        backbone: nn.Module,
+        *,
+        num_classes: int,
+        num_segments: int,
+        dropout: float = 0.5,
+        input_format: str = "unit_rgb",
+        consensus: MeanConsensus | MultiScaleRelation | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1 or num_segments < 1:
@@ -53,13 +68,22 @@ class VideoClassifier(nn.Module):
         self.num_segments = num_segments
         self.input_format = input_format
         self.base_model = backbone
+        self.takes_clips = bool(getattr(backbone, "takes_clips", False))
+        self.min_pixels = int(getattr(backbone, "min_pixels", 1))
         self.dropout = nn.Dropout(dropout)
-        self.new_fc = nn.Linear(int(backbone.num_features), num_classes)  # type: ignore[arg-type]  # "Tensor | Module"
+        self.consensus = MeanConsensus(num_classes) if consensus is None else consensus
+        self.new_fc = nn.Linear(int(backbone.num_features), self.consensus.frame_features)  # type: ignore[arg-type]  # "Tensor | Module"
         nn.init.normal_(self.new_fc.weight, std=0.001)
         nn.init.zeros_(self.new_fc.bias)
         mean, std = INPUT_FORMATS[input_format]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def class_tensors(self) -> list[str]:
+        """Names of the parameters whose rows are classes, in the order of the labels that the network was trained with."""
+        layers = [f"consensus.{name}" for name in self.consensus.class_layers] or ["new_fc"]
+        return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
 
     def prepare(self, clips_BT3HW: Tensor) -> Tensor:
         """Turn bytes into what `forward` takes, on the device where clips and network are.
@@ -85,14 +109,22 @@ class VideoClassifier(nn.Module):
         """Logits of clips: float [B, T, 3, H, W] to [B, K].
 
         Raises:
-            ValueError: if the clips have another number of segments than the network was made for, or another rank.
+            ValueError: if the clips have another number of segments than the network was made for, another rank, or frames that
+                are too small for the backbone.
         """
         if clips_BT3HW.dim() != 5 or clips_BT3HW.shape[1:3] != (self.num_segments, 3):
             expected = f"[B, {self.num_segments}, 3, H, W]"
             raise ValueError(f"the network got clips of shape {list(clips_BT3HW.shape)}, but was made for {expected}")
-        features = self.base_model(clips_BT3HW.flatten(0, 1))
-        logits_NK: Tensor = self.new_fc(self.dropout(features))
-        return logits_NK.view(-1, self.num_segments, self.num_classes).mean(dim=1)
+        height, width = clips_BT3HW.shape[3:]
+        if min(height, width) < self.min_pixels:
+            least = f"{self.min_pixels} x {self.min_pixels}"
+            raise ValueError(f"the network got frames of {height} x {width} pixels, but its backbone needs at least {least}")
+        if self.takes_clips:
+            logits_BK: Tensor = self.new_fc(self.dropout(self.base_model(clips_BT3HW.transpose(1, 2))))
+            return logits_BK
+        features_NF = self.new_fc(self.dropout(self.base_model(clips_BT3HW.flatten(0, 1))))
+        agreed_BK: Tensor = self.consensus(features_NF.view(-1, self.num_segments, features_NF.shape[-1]))
+        return agreed_BK
 
 
 def parameter_roles(model: nn.Module) -> dict[str, list[str]]:
@@ -118,7 +150,7 @@ def parameter_roles(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _role(module: nn.Module, name: str) -> str:
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, _BatchNorm):
         return "norm"
     if name.endswith("gamma"):
         return "gamma"

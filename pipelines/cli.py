@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.errors import SagsmError
+from pipelines.shards_cli import shards_app
 
 app = typer.Typer(
     name="sagsm",
@@ -24,7 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-shards_app = typer.Typer(help="Look at a shard set (a folder with dataset.json).", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(shards_app, name="shards")
 
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `sagsm experiments` lists them.")]
@@ -34,6 +34,11 @@ SetOption = Annotated[
 ]
 OnlyOption = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Just this stage and what it needs.")]
 WorkdirOption = Annotated[Path, typer.Option("--workdir", metavar="DIR", help="Holds the store and the embedded MLflow.")]
+EstimateOption = Annotated[bool, typer.Option("--estimate", help="Forecast what writing the shards takes; at most a minute.")]
+CpusOption = Annotated[
+    list[int] | None,
+    typer.Option("--cpus", metavar="N", min=1, max=100_000, help="Forecast for N CPUs as well; may be repeated."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
@@ -52,15 +57,21 @@ def plan(
     set_: SetOption = None,
     only: OnlyOption = None,
     workdir: WorkdirOption = Path("work"),
+    estimate: EstimateOption = False,
+    cpus: CpusOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the stages of an experiment: which are cached, which will run, and why. Runs nothing.
+
+    With --estimate it also writes some of the videos for twenty seconds, throws them away, and forecasts what the shards take.
 
     Example: sagsm plan demo --set search.num_trials=6
     """
     from pipelines.run import plan_experiment
 
-    planned = plan_experiment(_request(experiment, set_, only, workdir, None))
+    request = _request(experiment, set_, only, workdir, None)
+    planned = plan_experiment(request)
+    forecast = _forecast(request, estimate, cpus)
     if as_json:
         rows = [
             {
@@ -73,12 +84,14 @@ def plan(
             }
             for item in planned
         ]
-        _print_json({"stages": rows})
+        _print_json({"stages": rows, **({"estimate": forecast[0]} if forecast else {})})
         return
     print(f"{'stage':<10}{'needs':<42}{'status':<8}why")
     for item in planned:
         status = "cached" if item.artifact else "run"
         print(f"{item.stage.name:<10}{', '.join(item.stage.needs) or '-':<42}{status:<8}{item.reason}".rstrip())
+    if forecast:
+        print(f"\n{forecast[1]}")
 
 
 @app.command()
@@ -167,17 +180,25 @@ def experiments(as_json: JsonOption = False) -> None:
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List the networks and their numbers of parameters (174 classes, 8 segments)."""
-    from models import create_model, list_models
+    """List the networks (174 classes, 8 segments): parameters, GMACs a clip, maps of attention, published top-1 (%)."""
+    from models import describe_model, list_models
 
-    counts = {
-        name: sum(parameter.numel() for parameter in create_model(name, num_classes=174, num_segments=8).parameters())
-        for name in list_models()
-    }
+    facts = {name: describe_model(name, num_classes=174, num_segments=8) for name in list_models()}
     if as_json:
-        _print_json({"models": [{"name": name, "parameters": count} for name, count in counts.items()]})
+        _print_json({"models": [{"name": name, **fact._asdict()} for name, fact in facts.items()]})
         return
-    _print_table(("network", "parameters"), [(name, f"{count:,}") for name, count in counts.items()])
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            f"{fact.parameters:,}",
+            f"{fact.macs_per_clip / 1e9:.1f}",
+            f"{fact.attention_map_bytes / 2**20:.1f}" if fact.attention_map_bytes else "",
+            "" if fact.published_top1 is None else f"{100 * fact.published_top1:.2f}",
+            fact.source,
+        )
+        for name, fact in facts.items()
+    ]
+    _print_table(("network", "parameters", "GMACs", "maps, MiB", "top-1", "source of the top-1"), rows)
 
 
 @app.command()
@@ -195,19 +216,20 @@ def ui(
     serve_ui(tracking_uri(workdir.absolute()), workdir.absolute() / "mlflow-artifacts", host, port)
 
 
-@shards_app.command("verify")
-def shards_verify(folder: Annotated[Path, typer.Argument(help="Holds dataset.json.")], as_json: JsonOption = False) -> None:
-    """Read every shard and compare it with its hash and its index; exit code 2 when something is wrong."""
-    from infra.errors import DataError
-    from preprocessing.verify import verify_shards
+def _forecast(request: Any, wanted: bool, cpus: list[int] | None) -> tuple[dict[str, Any], str] | None:
+    """The forecast as plain data and as text, for this machine's CPUs and those asked for; None if none is wanted."""
+    from infra.errors import ConfigError
 
-    problems = verify_shards(folder)
-    if as_json:
-        _print_json({"problems": problems})
-    if problems:
-        raise DataError(f"{len(problems)} problems in {folder}: " + "; ".join(problems[:10]))
-    if not as_json:
-        print(f"{folder}: every shard has the bytes that were written")
+    if not wanted:
+        if cpus:
+            raise ConfigError("--cpus says what to forecast for; expected it together with --estimate")
+        return None
+    from pipelines.estimate import estimate_shards, machine_cpus
+    from pipelines.forecast import estimate_document, estimate_text
+
+    found = estimate_shards(request)
+    numbers = sorted({machine_cpus(), *(cpus or [])})
+    return estimate_document(found, numbers), estimate_text(found, numbers)
 
 
 def _request(experiment: str, set_: list[str] | None, only: str | None, workdir: Path, address: str | None) -> Any:

@@ -9,6 +9,10 @@ A stage takes a context, the artifacts of the stages it needs, and its sections 
 
 import json
 import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +20,31 @@ from typing import Any
 import yaml
 
 from infra import cluster
+from infra.filesystems import Folder
 from infra.settings import changed_settings
 from infra.storage import require_free_space, write_json
 from pipelines.artifacts import Artifact
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.experiments import find_experiment
+from pipelines.forecast import forecast_error
 from pipelines.graph import Stage, StageContext
 from pipelines.training.settings import ModelSettings, TrainSettings
-from preprocessing.datasets import DATASETS, DatasetSettings, index_videos, load_video_index, raw_listing, save_video_index
+from preprocessing.archives import open_source
+from preprocessing.datasets import (
+    DatasetSettings,
+    find_archive,
+    index_videos,
+    load_video_index,
+    raw_listing,
+    save_video_index,
+    val_split,
+)
 from preprocessing.finish import finish_shard_set
-from preprocessing.index import read_dataset_info
+from preprocessing.index import dataset_json, read_dataset_info
 from preprocessing.planning import plan_shards
-from preprocessing.shards import ShardSettings
-from preprocessing.sources import FolderSource
+from preprocessing.sandbox import missing_layers, sandbox_layers
+from preprocessing.shards import ShardReport, ShardSettings
 from preprocessing.synthetic import generate
 from tuning.space import SearchSettings
 
@@ -39,51 +54,68 @@ _MINIMUM_SHARD_BYTES = 50 * 10**6
 def index(context: StageContext, dataset: DatasetSettings) -> dict[str, Any]:
     """Annotation files -> videos.parquet and labels.json; a generated dataset is generated first, into `raw/`."""
     if dataset.synthetic is not None:
-        root = context.output_dir / "raw"
-        generate(dataset.synthetic, root, dataset.name, context.on_progress)
-        where = "raw"
+        assert dataset.name != "folder"  # the settings refuse it
+        root, where = Folder(context.output_dir / "raw"), "raw"
+        generate(dataset.synthetic, context.output_dir / "raw", dataset.name, context.on_progress)
     else:
         assert dataset.root is not None  # raw_listing has refused a dataset without any source
-        root = dataset.root.absolute()
-        where = str(root)
+        root = Folder(dataset.root)
+        where = root.url
     found = index_videos(dataset, root)
+    archive = find_archive(dataset, root)
     save_video_index(found, context.output_dir)
     splits = {split: int(count) for split, count in _count(found.videos["split"].to_pylist()).items()}
     context.run.log_metrics({f"videos/{split}": count for split, count in splits.items()})
     text = f"{found.videos.num_rows:,} videos of {len(found.label_names)} classes"
-    return {"root": where, "dataset": dataset.name, "splits": splits, "num_classes": len(found.label_names), "text": text}
+    summary = {"root": where, "archive": archive, "dataset": dataset.dataset_name, "splits": splits}
+    return {**summary, "num_classes": len(found.label_names), "text": text}
 
 
 def shards(context: StageContext, index: Artifact, shards: ShardSettings) -> dict[str, Any]:
     """Videos -> WebDataset tars of JPEG frames with their index and ledger (preprocessing/FORMAT.md); Ray tasks."""
     from preprocessing.tasks import write_shards
 
-    root = index.path / index.summary["root"]
+    where = index.summary["root"]
+    root = Folder(where if "://" in where else index.path / where)
     found = load_video_index(index.path)
     require_free_space(context.output_dir, _MINIMUM_SHARD_BYTES, "writing shards")
+    output = Folder(context.output_dir if shards.output is None else f"{shards.output}/{context.output_dir.stem}")
     plans = plan_shards(found.videos, videos_per_shard=shards.videos_per_shard, seed=shards.seed)
-    write_shards(plans, FolderSource(root), context.output_dir, shards, context.on_progress)
-    counts = finish_shard_set(context.output_dir, found, plans, shards, index.summary["dataset"])
-    info = read_dataset_info(context.output_dir)
+    spool = context.output_dir / "spool"
+    source, in_archive = open_source(root, index.summary["archive"], plans, spool, output, shards, context.on_progress)
+    started = time.monotonic()
+    reports = write_shards(plans, source, output, shards, context.on_progress)
+    seconds = time.monotonic() - started
+    counts = finish_shard_set(output, found, plans, shards, index.summary["dataset"])
+    shutil.rmtree(spool, ignore_errors=True)
+    info = read_dataset_info(output)
     context.run.log_metrics({f"shards/{name}": counts[name] for name in ("kept", "rejected", "frames", "bytes")})
-    context.run.log_file(context.output_dir / "dataset.json", "conf")
+    context.run.log_text(dataset_json(info).decode(), "conf/dataset.json")
     text = (
         f"{counts['kept']:,} videos kept, {counts['rejected']:,} rejected; "
         f"{counts['frames']:,} frames, {counts['bytes'] / 1e6:,.1f} MB in {len(info.shards)} shards"
     )
-    return {**counts, "dataset": info.dataset, "label_passport": info.label_passport, "text": text}
+    context.run.set_tags({"decoding_sandbox": ", ".join(sandbox_layers())})
+    if missing := missing_layers():
+        text += f"; this machine's decoding sandbox lacks: {', '.join(missing)}"
+    if in_archive is not None and in_archive.num_hostile:
+        text += f"; {in_archive.num_hostile} members of the archive refused"
+    text += _log_forecast_error(context, reports, seconds)
+    place = None if shards.output is None else output.url
+    summary = {**counts, "dataset": info.dataset, "label_passport": info.label_passport, "place": place, "text": text}
+    return {**summary, "archive": None if in_archive is None else asdict(in_archive)}
 
 
 def audit(context: StageContext, shards: Artifact) -> dict[str, Any]:
     """Read every shard again, compare it with its hash, and show what is in it: a page with contact sheets and rejects."""
-    from pipelines.reports.audit import write_audit
+    from pipelines.reports.audit import audit_metrics, describe_audit, write_audit
 
-    summary = write_audit(shards.path, context.output_dir)
+    summary = write_audit(_place(shards), context.output_dir)
     _log_folder(context, context.output_dir)
     _log_input(context, shards, "audit")
-    problems = summary["problems"]
-    context.run.log_metrics({"audit/problems": len(problems)})
-    return {**summary, "text": f"{len(problems)} problems" if problems else "every shard has the bytes that were written"}
+    context.run.log_metrics(audit_metrics(summary))
+    context.run.describe(describe_audit(summary, context.run.run_id))
+    return {**summary, "text": summary["verdict"]}
 
 
 def search(
@@ -95,7 +127,7 @@ def search(
     from tuning.leaderboard import leaderboard
     from tuning.search import run_search
 
-    job = trial_job(shards.path, model, train, search, val_split=_val_split(shards))
+    job = trial_job(_place(shards), model, train, search, val_split=_val_split(shards))
     objective = partial(run_trial, job=job, num_threads=search.cpus_per_trial)
     _log_input(context, shards, "search")
     with TrialRuns(context.tracker, context.run.run_id) as runs:
@@ -123,7 +155,7 @@ def train(
     from pipelines.training.job import TrainJob, save_model
     from pipelines.training.worker import train_on_cluster
 
-    job = TrainJob(context.experiment, shards.path, model, train, val_split=_val_split(shards)).with_overrides(
+    job = TrainJob(context.experiment, _place(shards), model, train, val_split=_val_split(shards)).with_overrides(
         search.summary["overrides"]
     )
     context.run.log_params({f"chosen.{name}": value for name, value in search.summary["overrides"].items()})
@@ -163,7 +195,7 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
         num_gpus=min(have["GPU"], 1.0),
         arguments={
             "model_dir": train.path / "model",
-            "shards_dir": shards.path,
+            "shards_place": _place(shards),
             "settings": evaluate,
             "scores_path": context.output_dir / "scores.parquet",
         },
@@ -171,7 +203,7 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
     metrics = {name: summary[name] for name in ("top1", "top5", "mean_class_accuracy", "loss")}
     write_json(context.output_dir / "evaluation.json", {**summary, "split": evaluate.split})
     (context.output_dir / "figures").mkdir(exist_ok=True)
-    names = read_dataset_info(shards.path).label_names
+    names = read_dataset_info(_place(shards)).label_names
     context.run.log_file(
         draw_confusion(context.output_dir / "figures" / "confusion.png", summary["confusion"], names), "figures"
     )
@@ -220,9 +252,9 @@ def report(
 
 
 STAGES = [
-    Stage("index", index, settings=("dataset",), version=2, raw=lambda config: raw_listing(config.dataset)),
+    Stage("index", index, settings=("dataset",), version=3, raw=lambda config: raw_listing(config.dataset)),
     Stage("shards", shards, needs=("index",), settings=("shards",), version=2),
-    Stage("audit", audit, needs=("shards",)),
+    Stage("audit", audit, needs=("shards",), version=2),
     Stage("search", search, needs=("shards",), settings=("search", "model", "train")),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train")),
     Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",)),
@@ -243,8 +275,26 @@ def _command(context: StageContext) -> str:
     return " ".join([f"sagsm run {context.experiment}", *sets])
 
 
+def _log_forecast_error(context: StageContext, reports: Sequence[ShardReport], seconds: float) -> str:
+    """How wrong `sagsm plan --estimate` was; "" if it was not asked, or an earlier run had written some of the shards."""
+    if any(report.skipped for report in reports):
+        return ""
+    num_cpus, num_bytes = int(cluster.resources()["CPU"]), sum(report.num_bytes for report in reports)
+    found = forecast_error(context.output_dir, num_cpus=num_cpus, seconds=seconds, num_bytes=num_bytes)
+    if found is None:
+        return ""
+    context.run.log_metrics(found[0])
+    return f"; {found[1]}"
+
+
+def _place(shards: Artifact) -> str:
+    """Where the shard set is: in the store, or where the setting `shards.output` has put it."""
+    place: str | None = shards.summary["place"]
+    return place or str(shards.path)
+
+
 def _val_split(shards: Artifact) -> str:
-    return DATASETS[shards.summary["dataset"]].val_split
+    return val_split(shards.summary["dataset"], shards.summary["by_split"])
 
 
 def _count(values: list[str]) -> dict[str, int]:
@@ -252,7 +302,7 @@ def _count(values: list[str]) -> dict[str, int]:
 
 
 def _log_input(context: StageContext, shards: Artifact, purpose: str) -> None:
-    context.run.log_dataset(shards.summary["dataset"], shards.fingerprint, shards.path, purpose)
+    context.run.log_dataset(shards.summary["dataset"], shards.fingerprint, _place(shards), purpose)
     context.run.set_tags({"dataset": shards.summary["dataset"], "label_passport": shards.summary["label_passport"]})
 
 

@@ -1,68 +1,115 @@
 """Raw datasets: annotation files -> one table of videos and a list of label names.
 
-Something-Something V1 (Goyal et al., "The 'something something' video database", ICCV 2017) comes as folders of JPEG frames
-with csv files, Diving48 V2 (Li et al., "RESOUND", ECCV 2018; labels cleaned in 2020) as mp4 files with json files. A dataset is
-one row of `DATASETS`: which annotation files it needs, where its videos are, and a function that reads the annotations.
+Something-Something V1 (Goyal et al., "The 'something something' video database", ICCV 2017) comes as JPEG frames and csv files,
+Diving48 (Li et al., "RESOUND", ECCV 2018; V2 has the labels cleaned in 2020) as mp4 files with json files. Each is one row of
+`DATASETS`: which annotation files it needs, where its videos are, and a function that reads the annotations. Users' own videos
+are the dataset "folder" (`generic.py`).
 
 Reading annotations never touches a video: a listed video that is missing or broken is the decoder's finding and lands in the
 ledger. Everything that is wrong with the annotations themselves is one DataError that names the file and the row.
 """
 
+import fnmatch
 import hashlib
 import json
-import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from infra.errors import ConfigError, DataError
-from infra.settings import Settings, nearest
+from infra.errors import ConfigError, DataError, PipelineError
+from infra.filesystems import Entry, Folder
+from infra.settings import Settings
 from infra.storage import atomic_path, sha256_json, write_json
+from preprocessing.annotations import (
+    DIVING_FILES,
+    DIVING_V1_FILES,
+    SOMETHING_FILES,
+    Annotations,
+    read_annotation_file,
+    read_diving48_v1,
+    read_diving48_v2,
+    read_something_v1,
+    short,
+)
+from preprocessing.generic import VIDEO_SCHEMA as VIDEO_SCHEMA
+from preprocessing.generic import class_folders, read_annotation_table, read_class_folders, visible_entries
 from preprocessing.labels import label_passport
 from preprocessing.synthetic import GENERATOR_VERSION, SyntheticSettings
 
-VIDEO_SCHEMA = pa.schema(
-    {
-        "video_id": pa.string(),
-        "path": pa.string(),
-        "kind": pa.string(),
-        "split": pa.string(),
-        "label": pa.int32(),
-        "start": pa.float64(),
-        "end": pa.float64(),
-    }
-)
-# A video id becomes a path and an argument of programs, so it holds nothing but these; 158 genuine ids begin with "-".
-_VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,200}", re.ASCII)
 _FILES_SHOWN = 8
-_LABEL_COMPARED = 200
-
-# A video as read: id, row in its annotation file (from 1), class id or None.
-Row = tuple[str, int, int | None]
+_ONLY_FOR_FOLDER = ("annotations", "val_fraction", "split_seed")
 
 
 class DatasetSettings(Settings):
-    """Which dataset, and where its raw videos are: in a folder (`root`) or generated (`synthetic`), not both."""
+    """Which dataset, and where its raw videos are: in a folder (`root`) or generated (`synthetic`), not both.
 
-    name: Literal["something_v1", "diving48"]
-    root: Path | None = None
+    `root` is a path, `s3://bucket/prefix` or `gs://bucket/prefix`. `archive` is a pattern, such as "Diving48_rgb.tar.gz" or
+    "20bn-something-something-v1-??", for files in the root: the parts of one tar, plain or gzip, sorted by name, whose members
+    are read as if they lay in the root. Where it is null and the folder of the videos is missing, parts of the published names
+    are taken. `version` is that of Diving48.
+
+    The rest is for "folder", users' own videos: `annotations` names a csv or Parquet file in the root; null means a folder a
+    class. Where these do not tell the split, the share `val_fraction` (0 to 1) of the videos is drawn for validation by
+    `split_seed`.
+    """
+
+    name: Literal["something_v1", "diving48", "folder"]
+    root: str | None = None
     synthetic: SyntheticSettings | None = None
+    archive: str | None = None
+    version: Literal["V1", "V2"] = "V2"
+    annotations: str | None = None
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
+    split_seed: int = 0
+
+    @property
+    def dataset_name(self) -> str:
+        """The name that shards and runs carry; the versions of Diving48 are different datasets."""
+        return "diving48_v1" if (self.name, self.version) == ("diving48", "V1") else self.name
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _expand_home(cls, root: object) -> object:
+        if not isinstance(root, str | Path) or "://" in str(root):
+            return root
+        return str(Path(root).expanduser())
 
     @field_validator("root")
     @classmethod
-    def _expand_home(cls, root: Path | None) -> Path | None:
-        return None if root is None else root.expanduser()
+    def _check_scheme(cls, root: str | None) -> str | None:
+        if root is not None:
+            try:
+                Folder(root)
+            except PipelineError as error:
+                raise ValueError(str(error)) from error
+        return root
+
+    @field_validator("archive", "annotations")
+    @classmethod
+    def _check_inside_root(cls, name: str | None, info: Any) -> str | None:
+        parts = (name or "x").split("/")
+        if "" in parts or ".." in parts or (info.field_name == "archive" and len(parts) > 1):
+            raise ValueError("expected a file in dataset.root, without '..'")
+        return name
 
     @model_validator(mode="after")
-    def _check_one_source(self) -> Self:
+    def _check_combination(self) -> Self:
         if self.root is not None and self.synthetic is not None:
             raise ValueError("root and synthetic are both set; expected one of them: to use real videos set synthetic to null")
+        if self.synthetic is not None and (self.dataset_name not in ("something_v1", "diving48") or self.archive):
+            raise ValueError("synthetic makes something_v1 or diving48 V2 without archive; expected one of these")
+        if self.name != "diving48" and self.version != "V2":
+            raise ValueError(f"version is for diving48, not for {self.name}; expected it to be left out")
+        unused = [name for name in _ONLY_FOR_FOLDER if getattr(self, name) != type(self).model_fields[name].default]
+        if self.name != "folder" and unused:
+            raise ValueError(f"{unused[0]} is for the dataset folder, not for {self.name}; expected it to be left out")
+        if self.name == "folder" and self.archive is not None and self.annotations is None:
+            raise ValueError("archive without annotations; expected a csv or Parquet file that lists the archive's videos")
         return self
 
 
@@ -72,7 +119,8 @@ class VideoIndex:
 
     Attributes:
         videos: a row a video (`VIDEO_SCHEMA`), split after split, each in its file's order: video_id, path relative to root,
-            kind ("frames" or "video"), split ("train", "validation" or "test"), label (class id, null if unlabelled).
+            kind ("frames" or "video"), split ("train", "validation" or "test"), label (class id, null if unlabelled), start and
+            end (seconds, null for the whole).
         label_names: the label text of each class id.
     """
 
@@ -82,54 +130,105 @@ class VideoIndex:
 
 @dataclass(frozen=True)
 class DatasetLayout:
-    """How one dataset lies on disk.
+    """How one published dataset lies on disk.
 
     Attributes:
         annotation_files: names relative to the root.
         videos_dir: the folder of the videos, relative to the root.
+        archive: the pattern of the names under which the videos are published.
         how_to_get: the end of the error message when a file or the folder is missing.
         read: root -> (label names, {(split, file name): rows}).
         kind: "frames" or "video".
         suffix: what follows the video id in the video's path.
-        val_split: the split that training and search are validated on. Diving48 has no validation split, and all published
-            work takes its test split.
     """
 
     annotation_files: tuple[str, ...]
     videos_dir: str
+    archive: str
     how_to_get: str
-    read: Callable[[Path], tuple[list[str], dict[tuple[str, str], list[Row]]]]
+    read: Callable[[Folder], Annotations]
     kind: Literal["frames", "video"]
     suffix: str
-    val_split: str
 
 
-def index_videos(settings: DatasetSettings, root: Path) -> VideoIndex:
-    """Read the annotation files of a dataset; looks at no video (0.5 s for the 108,499 rows of Something-V1).
+def index_videos(settings: DatasetSettings, root: Folder | Path | str) -> VideoIndex:
+    """Read the annotation files of a dataset; looks at no video.
 
     Args:
-        settings: `settings.name` chooses the layout.
+        settings: `settings.name` and `settings.version` choose the layout.
         root: the folder that holds the annotation files and the videos.
 
     Raises:
         DataError: if the root or a file is missing, or a row is wrong (see the module's text).
     """
-    layout = DATASETS[settings.name]
+    root = Folder(root)
+    if settings.name == "folder":
+        fraction, seed = settings.val_fraction, settings.split_seed
+        if settings.annotations is None:
+            return VideoIndex(*read_class_folders(root, val_fraction=fraction, split_seed=seed))
+        return VideoIndex(*read_annotation_table(root, settings.annotations, val_fraction=fraction, split_seed=seed))
+    layout = DATASETS[settings.dataset_name]
     _require_files(root, layout)
     label_names, rows_by_file = layout.read(root)
-    _check_ids(rows_by_file)
-    ids: list[str] = []
-    splits: list[str] = []
-    labels: list[int | None] = []
+    tables = []
     for (split, _), rows in rows_by_file.items():
-        ids += [video_id for video_id, _, _ in rows]
-        splits += [split] * len(rows)
-        labels += [label for _, _, label in rows]
-    paths = [f"{layout.videos_dir}/{video_id}{layout.suffix}" for video_id in ids]
-    whole = [None] * len(ids)
-    columns = {"video_id": ids, "path": paths, "kind": [layout.kind] * len(ids), "split": splits, "label": labels}
-    columns |= {"start": whole, "end": whole}
-    return VideoIndex(videos=pa.table(columns, schema=VIDEO_SCHEMA), label_names=label_names)
+        columns = {
+            "video_id": [video_id for video_id, _, _ in rows],
+            "path": [f"{layout.videos_dir}/{video_id}{layout.suffix}" for video_id, _, _ in rows],
+            "kind": [layout.kind] * len(rows),
+            "split": [split] * len(rows),
+            "label": [label for _, _, label in rows],
+        }
+        whole = [None] * len(rows)
+        tables.append(pa.table(columns | {"start": whole, "end": whole}, schema=VIDEO_SCHEMA))
+    return VideoIndex(videos=pa.concat_tables(tables).combine_chunks(), label_names=label_names)
+
+
+def find_archive(settings: DatasetSettings, root: Folder | Path | str) -> str | None:
+    """The pattern of the archive parts in the root that hold the videos; None if the videos lie there as files.
+
+    Raises:
+        DataError: if `settings.archive` is set and no file has such a name.
+    """
+    root = Folder(root)
+    if settings.archive is not None:
+        archive_parts(root, settings.archive)
+        return settings.archive
+    if settings.name == "folder" or settings.synthetic is not None:
+        return None
+    layout = DATASETS[settings.dataset_name]
+    names = {entry.name: entry.is_folder for entry in _entries(root, layout)}
+    if layout.videos_dir in names or not fnmatch.filter(names, layout.archive):
+        return None
+    return layout.archive
+
+
+def archive_parts(root: Folder, pattern: str) -> list[Entry]:
+    """The parts of an archive, sorted by name.
+
+    Args:
+        root: the dataset's folder.
+        pattern: as for `fnmatch`, for example "20bn-something-something-v1-??".
+
+    Raises:
+        DataError: if no file has such a name.
+    """
+    parts = [entry for entry in visible_entries(root) if not entry.is_folder and fnmatch.fnmatchcase(entry.name, pattern)]
+    if not parts:
+        raise DataError(
+            f"{root} has no file like {short(pattern)}; expected the archive's parts; correct dataset.archive or dataset.root"
+        )
+    return parts
+
+
+def val_split(dataset: str, splits: Iterable[str]) -> str:
+    """The split that training and search are validated on, for a dataset's name and the splits that it has.
+
+    Diving48 has no validation split, and all published work takes its test split; so do users' own videos without one.
+    """
+    if dataset.startswith("diving48") or (dataset == "folder" and "validation" not in splits):
+        return "test"
+    return "validation"
 
 
 def save_video_index(index: VideoIndex, folder: Path) -> None:
@@ -162,8 +261,9 @@ def load_video_index(folder: Path) -> VideoIndex:
 def raw_listing(settings: DatasetSettings) -> str:
     """Hex SHA-256 that changes when the raw data changes, without reading a video: for the stage's fingerprint.
 
-    Covers the content of the annotation files and, for each entry of the videos' folder, its name and modification time, for a
-    file also its size. A frame that is rewritten in place inside a folder is not seen. Generated videos are their settings.
+    Covers the content of the annotation files and, for each entry of the videos' folders, its name and modification time, for a
+    file also its size; for an archive these of its parts. A frame that is rewritten in place inside a folder is not seen; in an
+    object store nothing inside a folder of frames is. Generated videos are their settings.
 
     Raises:
         ConfigError: if neither root nor synthetic is set.
@@ -174,206 +274,105 @@ def raw_listing(settings: DatasetSettings) -> str:
         return sha256_json({"synthetic": synthetic, "layout": settings.name, "generator": GENERATOR_VERSION})
     if settings.root is None:
         raise ConfigError(f"dataset.root is not set; expected the folder of {settings.name}; add --set dataset.root=DIR")
-    layout = DATASETS[settings.name]
-    found = _require_files(settings.root, layout)
+    root = Folder(settings.root)
     digest = hashlib.sha256()
-    for name in layout.annotation_files:
-        digest.update(f"{name}\0{hashlib.sha256(_read_bytes(settings.root / name)).hexdigest()}\n".encode())
-    for line in sorted(_list_videos(settings.root, layout, found)):
+    if settings.name == "folder":
+        files: tuple[str, ...] = () if settings.annotations is None else (settings.annotations,)
+    else:
+        files = DATASETS[settings.dataset_name].annotation_files
+        _require_files(root, DATASETS[settings.dataset_name])
+    for name in files:
+        digest.update(f"{name}\0{hashlib.sha256(read_annotation_file(root, name)).hexdigest()}\n".encode())
+    for line in sorted(_list_videos(root, settings)):
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _something_v1(root: Path) -> tuple[list[str], dict[tuple[str, str], list[Row]]]:
-    """Class ids are the labels sorted by name, as in TRN, TSM and GSM (mmaction2 takes the file's order)."""
-    labels_file, train_file, validation_file, test_file = _SOMETHING_FILES
-    label_names = sorted(text.strip() for _, text in _lines(root / labels_file))
-    _check_names(label_names, labels_file)
-    class_ids = {name: class_id for class_id, name in enumerate(label_names)}
-    test_rows: list[Row] = [(text, number, None) for number, text in _lines(root / test_file)]
-    return label_names, {
-        ("train", train_file): _labelled_rows(root / train_file, class_ids),
-        ("validation", validation_file): _labelled_rows(root / validation_file, class_ids),
-        ("test", test_file): test_rows,
-    }
-
-
-def _labelled_rows(path: Path, class_ids: dict[str, int]) -> list[Row]:
-    """Rows `id;label text` without quotes; 12 of the genuine labels hold commas."""
-    rows: list[Row] = []
-    for number, text in _lines(path):
-        video_id, semicolon, name = text.partition(";")
-        if not semicolon:
-            raise DataError(f"{path.name} row {number} is {_short(text)}; expected 'id;label text'; correct the row")
-        label = class_ids.get(name.strip())
-        if label is None:
+def _list_videos(root: Folder, settings: DatasetSettings) -> list[str]:
+    """A line an entry of the videos' folders, or a part of their archive."""
+    pattern = find_archive(settings, root)
+    if pattern is not None:
+        return _listing_lines("", archive_parts(root, pattern))
+    if settings.name != "folder":
+        layout = DATASETS[settings.dataset_name]
+        try:
+            return _listing_lines("", (root / layout.videos_dir).entries())
+        except OSError as error:
+            found = ", ".join(entry.name for entry in _entries(root, layout)[:_FILES_SHOWN])
             raise DataError(
-                f"{path.name} row {number}: label {_short(name)} of video {_short(video_id)} is none of the "
-                f"{len(class_ids)} in {_SOMETHING_FILES[0]}; {nearest(name.strip()[:_LABEL_COMPARED], class_ids)}; "
-                "correct the row or the list"
-            )
-        rows.append((video_id, number, label))
-    return rows
+                f"the videos' folder {root}/{layout.videos_dir} cannot be read ({error.strerror or error}); found {found} in "
+                f"{root}; {layout.how_to_get}"
+            ) from error
+    if settings.annotations is None:
+        places = class_folders(root).values()
+        return [line for place in places for line in _listing_lines(place, visible_entries(root / place))]
+    paths = index_videos(settings, root).videos["path"].to_pylist()
+    lines = []
+    for place in sorted({path.rpartition("/")[0] for path in paths}):
+        try:
+            lines += _listing_lines(place, (root / place if place else root).entries())
+        except OSError:
+            lines.append(f"{place}\0absent\n")
+    return lines
 
 
-def _diving48(root: Path) -> tuple[list[str], dict[tuple[str, str], list[Row]]]:
-    """Class ids are positions in the vocabulary, whose entries are lists of words; class 30 of the genuine 48 has no video."""
-    train_file, test_file, vocabulary_file = _DIVING_FILES
-    vocabulary = _json_list(root / vocabulary_file)
-    for number, words in enumerate(vocabulary, start=1):
-        if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
-            raise DataError(f"{vocabulary_file} entry {number} is {_short(words)}; expected a list of words; correct the file")
-    label_names = [" ".join(words) for words in vocabulary]
-    _check_names(label_names, vocabulary_file)
-    return label_names, {
-        ("train", train_file): _json_rows(root / train_file, len(label_names)),
-        ("test", test_file): _json_rows(root / test_file, len(label_names)),
-    }
+def _listing_lines(place: str, entries: Iterable[Entry]) -> list[str]:
+    return [f"{place}/{entry.name}\0{entry.size}\0{entry.modified_ns}\n" for entry in entries]
 
 
-def _json_rows(path: Path, num_classes: int) -> list[Row]:
-    rows: list[Row] = []
-    for number, item in enumerate(_json_list(path), start=1):
-        if not (isinstance(item, dict) and isinstance(item.get("vid_name"), str) and type(item.get("label")) is int):
-            raise DataError(
-                f"{path.name} entry {number} is {_short(item)}; expected an object with a text vid_name and a whole number "
-                "label; correct the file"
-            )
-        if not 0 <= item["label"] < num_classes:
-            raise DataError(
-                f"{path.name} entry {number}: label {_short(item['label'])} of video {_short(item['vid_name'])} is out of "
-                f"range; expected 0 to {num_classes - 1}, an entry of {_DIVING_FILES[2]}; check that both files are of V2"
-            )
-        rows.append((item["vid_name"], number, item["label"]))
-    return rows
-
-
-def _json_list(path: Path) -> list[Any]:
+def _entries(root: Folder, layout: DatasetLayout) -> tuple[Entry, ...]:
     try:
-        value = json.loads(_decode(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}; fetch the file again") from error
-    if not isinstance(value, list):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}; expected a list; fetch the file again")
-    return value
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The non-empty rows of a text file with their numbers from 1; LF or CRLF, with or without a byte order mark."""
-    numbered = enumerate(_decode(path).split("\n"), start=1)
-    return [(number, text.removesuffix("\r")) for number, text in numbered if text.strip()]
-
-
-def _decode(path: Path) -> str:
-    data = _read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} row {row} is not UTF-8: {error.reason}; save the file as UTF-8 or fetch it again") from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; expected a readable file; check its permissions") from error
-
-
-def _require_files(root: Path, layout: DatasetLayout) -> str:
-    """Check that the root holds the annotation files. Returns what it holds, for further messages."""
-    expected = f"{', '.join(layout.annotation_files)} and {layout.videos_dir}/"
-    advice = f"{layout.how_to_get}, or give the right folder with --set dataset.root=DIR"
-    try:
-        names = sorted(path.name for path in root.iterdir())
+        return root.entries()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        expected = f"{', '.join(layout.annotation_files)} and {layout.videos_dir}/"
         raise DataError(
-            f"dataset.root {_short(str(root))} is no readable folder ({reason}); expected one with {expected}; {advice}"
+            f"dataset.root {short(str(root))} is no readable folder ({reason}); expected one with {expected}; "
+            f"{layout.how_to_get}, or give the right folder with --set dataset.root=DIR"
         ) from error
+
+
+def _require_files(root: Folder, layout: DatasetLayout) -> None:
+    names = [entry.name for entry in _entries(root, layout)]
     more = f" and {len(names) - _FILES_SHOWN} more" if len(names) > _FILES_SHOWN else ""
     found = (", ".join(names[:_FILES_SHOWN]) + more) or "nothing"
     missing = [name for name in layout.annotation_files if name not in names]
     if missing:
-        raise DataError(f"{root} has no {' and no '.join(missing)}; expected {expected}; found {found}; {advice}")
-    return found
-
-
-def _list_videos(root: Path, layout: DatasetLayout, found: str) -> list[str]:
-    """A line an entry of the videos' folder: name, modification time in ns, and for files the size in bytes."""
-    lines = []
-    try:
-        with os.scandir(root / layout.videos_dir) as entries:
-            for entry in entries:
-                status = entry.stat(follow_symlinks=False)
-                size = status.st_size if layout.kind == "video" else 0
-                lines.append(f"{entry.name}\0{size}\0{status.st_mtime_ns}\n")
-    except OSError as error:
+        expected = f"{', '.join(layout.annotation_files)} and {layout.videos_dir}/"
         raise DataError(
-            f"the videos' folder {root / layout.videos_dir} cannot be read ({error.strerror}); found {found} in {root}; "
-            f"{layout.how_to_get}"
-        ) from error
-    return lines
+            f"{root} has no {' and no '.join(missing)}; expected {expected}; "
+            f"found {found}; {layout.how_to_get}, or give the right folder with --set dataset.root=DIR"
+        )
 
 
-def _check_names(label_names: list[str], file_name: str) -> None:
-    if not label_names:
-        raise DataError(f"{file_name} holds no label; expected one a row; fetch the file again")
-    seen: set[str] = set()
-    for name in label_names:
-        if name in seen:
-            raise DataError(f"{file_name} holds the label {_short(name)} twice; expected each once; remove one")
-        if not name.strip() or not name.isprintable():
-            raise DataError(f"{file_name} holds the label {_short(name)}; expected printable text; correct the file")
-        seen.add(name)
-
-
-def _check_ids(rows_by_file: dict[tuple[str, str], list[Row]]) -> None:
-    seen: dict[str, tuple[str, int]] = {}
-    for (split, file_name), rows in rows_by_file.items():
-        if split == "train" and not rows:
-            raise DataError(f"{file_name} lists no video; expected at least one; fetch the file again")
-        for video_id, number, _ in rows:
-            if _VIDEO_ID.fullmatch(video_id) is None:
-                raise DataError(
-                    f"{file_name} row {number}: {_short(video_id)} is not a video id; expected 1 to 200 letters, "
-                    "digits, '_' or '-'; correct the row"
-                )
-            if video_id in seen:
-                other_file, other_number = seen[video_id]
-                raise DataError(
-                    f"video {video_id} is listed twice: {other_file} row {other_number} and {file_name} row {number}; "
-                    "expected each video once over all splits; remove one"
-                )
-            seen[video_id] = (file_name, number)
-
-
-def _short(value: object) -> str:
-    """`repr`, so that nothing unprintable reaches a terminal, cut to fit a line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
-_SOMETHING_FILES = tuple(f"something-something-v1-{part}.csv" for part in ("labels", "train", "validation", "test"))
-_DIVING_FILES = ("Diving48_V2_train.json", "Diving48_V2_test.json", "Diving48_vocab.json")
+_DIVING_HOW = "put Diving48_rgb.tar.gz, or the folder rgb that is in it, beside the {} json files"
 
 DATASETS: dict[str, DatasetLayout] = {
     "something_v1": DatasetLayout(
-        annotation_files=_SOMETHING_FILES,
+        annotation_files=SOMETHING_FILES,
         videos_dir="20bn-something-something-v1",
-        how_to_get="unpack the parts with cat 20bn-something-something-v1-?? | tar zx and put the csv files beside the folder",
-        read=_something_v1,
+        archive="20bn-something-something-v1-??",
+        how_to_get="put the parts 20bn-something-something-v1-??, or the folder that is in them, beside the csv files",
+        read=read_something_v1,
         kind="frames",
         suffix="",
-        val_split="validation",
     ),
     "diving48": DatasetLayout(
-        annotation_files=_DIVING_FILES,
+        annotation_files=DIVING_FILES,
         videos_dir="rgb",
-        how_to_get="unpack Diving48_rgb.tar.gz and put the V2 json files beside rgb",
-        read=_diving48,
+        archive="Diving48_rgb.tar*",
+        how_to_get=_DIVING_HOW.format("V2"),
+        read=read_diving48_v2,
         kind="video",
         suffix=".mp4",
-        val_split="test",
+    ),
+    "diving48_v1": DatasetLayout(
+        annotation_files=DIVING_V1_FILES,
+        videos_dir="rgb",
+        archive="Diving48_rgb.tar*",
+        how_to_get=_DIVING_HOW.format("V1"),
+        read=read_diving48_v1,
+        kind="video",
+        suffix=".mp4",
     ),
 }

@@ -1,68 +1,74 @@
-"""Raw videos to JPEG frames: ffmpeg for video files, untouched bytes for folders of JPEG frames.
+"""Video files to JPEG frames, with ffmpeg.
 
 A video is either kept whole or rejected with a reason; FORMAT.md states the rule. Video files are hostile until proven
 otherwise: ffmpeg opens only that file (protocol and demuxer lists, `file:` prefix, no shell), with limits on time, pixels,
-memory and output, in a process group of its own and an environment without secrets.
+memory and output, in the sandbox of `sandbox.py`.
 """
 
+import errno
 import functools
-import os
+import math
 import re
-import selectors
 import shutil
-import signal
 import stat
 import subprocess
-import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import ffmpeg
-import simplejpeg
 from pydantic import Field
 
 from infra.errors import PipelineError
 from infra.settings import Settings
+from preprocessing.jpeg import MAX_PIXELS, JpegSplitter
+from preprocessing.messages import clean_detail, complaints, output_rate, printable, says_too_long
+from preprocessing.sandbox import MessageLimitError, SandboxedProcess, TimeLimitError, start_sandboxed
 
+MAX_FRAMES = 1_000_000
 # Demuxers that read nothing but the file itself. Playlists, manifests, image sequences and devices are left out on purpose.
 _DEMUXERS = "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,gif,rm,dv,nut"
-_MAX_PIXELS = 1 << 26
+# How files begin whose demuxer finds the exact frame of a time without reading all before it: MP4 and Matroska.
+_SEEKABLE = re.compile(rb"....(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3", re.DOTALL)
 _MAX_ALLOC_BYTES = 1 << 30
-_MAX_MESSAGE_BYTES = 16 << 20
 # A file in which more than a tenth of the packets cannot be decoded is damaged (ffmpeg then ends with a code that is not 0).
 _MAX_ERROR_RATE = 0.1
-_READ_BYTES = 1 << 20
-_NUM_DETAIL_LINES = 5
-_MAX_DETAIL_CHARS = 600
-
-_MESSAGE = re.compile(r"^((?:\[[^\]]* @ 0x[0-9a-fA-F]+\] )*)\[(warning|error|fatal|panic)\] (.*)$")
-_FPS = re.compile(r"Stream #0:0.*: Video: mjpeg.*?, (\d+(?:\.\d+)?)(k?) fps")
-_FRAME_NAME = re.compile(r"([0-9]+)\.jpe?g", re.IGNORECASE)
+# The pixel's shape, width by height, in ffmpeg's language. Nearly square is square (640:639 comes from rounding when a video
+# was made smaller), and nothing that a camera or a disc writes is beyond 4.
+_PIXEL_SHAPE = "if(between(sar,0.25,4)*gt(abs(sar-1),0.005),sar,1)"
 
 
 class DecodeSettings(Settings):
     """How videos become JPEG frames.
 
-    `short_side` (pixels) scales frames of video files to that shorter side, with square pixels; None keeps the stored pixels.
-    `jpeg_quality` is ffmpeg's quantiser, 2 (best) to 31. Frame folders are never scaled nor encoded again.
-    A video that takes longer than `timeout_seconds` or gives more than `max_video_bytes` of JPEG data is rejected.
+    Args:
+        short_side: pixels of the frames' shorter side; None keeps the stored size. Frames that are stored as JPEG files are
+            scaled only if they are larger, else their bytes pass through.
+        jpeg_quality: ffmpeg's quantiser, 2 (best) to 31, of video files.
+        fps: None takes every frame of a video file, at its own time; a number resamples to that constant rate, each time with
+            the frame that a player shows then. It has no effect on folders of frames, which know no times.
+        max_frames: a video of more frames keeps that many, evenly spaced: of n those at floor((i + 0.5) * n / max_frames).
+        max_seconds: a video file that is longer, or of which a longer span is asked for, is rejected.
+        timeout_seconds: a video that takes longer to decode is rejected.
+        max_video_bytes: a video that gives more JPEG data is rejected; a worker holds one video in memory.
     """
 
     short_side: int | None = Field(default=None, ge=16, le=4096)
     jpeg_quality: int = Field(default=2, ge=2, le=31)
+    fps: float | None = Field(default=None, ge=0.01, le=1000)
+    max_frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
+    max_seconds: float = Field(default=3600.0, gt=0)
     timeout_seconds: float = Field(default=120.0, gt=0)
-    max_video_bytes: int = Field(default=1 << 30, ge=1 << 16)
+    max_video_bytes: int = Field(default=128 << 20, ge=1 << 16)
 
 
 @dataclass(frozen=True)
 class DecodedVideo:
     """The frames of one video, in order.
 
-    `frames` are whole JPEG files of one size, `height` x `width` pixels; `fps` is what the container says (None if it does not,
-    and for frame folders); `source_bytes` is the size of the raw file or files; `detail` holds what the decoder complained
-    about although the video is kept, or "".
+    `frames` are whole JPEG files of one size, `height` x `width` pixels. `fps` is what the container says or what was asked
+    for, and the mean rate of the frames that a budget has left; None if it is unknown, and for frame folders. `source_bytes` is
+    the size of the raw file or files. `detail` is what the decoder complained about although the video is kept, or "".
     """
 
     frames: list[bytes]
@@ -80,6 +86,17 @@ class VideoRejectedError(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+@dataclass
+class _Run:
+    """What one run of ffmpeg gave: `num_frames` in all, of which `frames` are held, and its messages."""
+
+    frames: list[bytes] = field(default_factory=list)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    num_frames: int = 0
+    return_code: int = 0
+    lines: list[str] = field(default_factory=list)
 
 
 @functools.cache
@@ -121,11 +138,17 @@ def ffmpeg_version() -> str:
     return words[2] if words[:2] == ["ffmpeg", "version"] and len(words) > 2 else "unknown"
 
 
-def decode_video(path: Path, settings: DecodeSettings) -> DecodedVideo:
-    """Decode every frame of a video file, upright, at its own times (a variable rate is kept), to JPEG.
+def decode_video(path: Path, settings: DecodeSettings, start: float | None = None, end: float | None = None) -> DecodedVideo:
+    """Decode a video file, upright and with square pixels, to JPEG: every frame at its own time, unless `settings` differ.
 
     The first video stream that is not a cover picture is taken; frames are those that ffmpeg decodes, whatever the container
     counts. The same file, settings and ffmpeg give the same bytes.
+
+    Args:
+        path: a local file.
+        settings: see `DecodeSettings`.
+        start: seconds from the beginning of the file; frames with start <= time < end are taken. None means the beginning.
+        end: None means the end.
 
     Raises:
         VideoRejectedError: if the video cannot be used.
@@ -133,244 +156,212 @@ def decode_video(path: Path, settings: DecodeSettings) -> DecodedVideo:
         PipelineError: if ffmpeg is missing.
     """
     path = path.absolute()
-    _require_regular_file(path)
-    output, return_code, lines = _run_ffmpeg(_ffmpeg_command(path, settings), settings)
-    messages = [found for line in lines if (found := _MESSAGE.match(line))]
-    serious = [found[3] for found in messages if found[2] != "warning"]
-    detail = _clean_detail(serious, path)
-    frames = split_jpegs(output)
-    cut = [found[3] for found in messages if _says_cut(found[1], found[3])]
-    if frames and cut:
-        raise VideoRejectedError("truncated", _clean_detail(cut[:1] + serious, path))
-    if return_code != 0:
-        code = f"killed by signal {-return_code}" if return_code < 0 else f"exit code {return_code}"
-        kind = "damaged" if frames else "undecodable"
-        raise VideoRejectedError(kind, f"ffmpeg {code} after {len(frames)} frames: {detail}")
-    if not frames:
-        raise VideoRejectedError("no_frames", detail or "ffmpeg ended well but gave no frame")
-    height, width = _common_size(frames)
-    rates = [float(found[1]) * (1000 if found[2] else 1) for line in lines if (found := _FPS.search(line))]
-    return DecodedVideo(frames, rates[-1] if rates else None, height, width, path.stat().st_size, detail)
+    source_bytes = _require_regular_file(path)
+    span = _checked_span(start, end)
+    run = _run_ffmpeg(path, settings, span, picks=None)
+    detail = _judge(run, path)
+    fps = settings.fps or output_rate(run.lines)
+    if settings.max_frames is not None and run.num_frames > settings.max_frames:
+        num_frames = run.num_frames
+        if len(run.frames) == num_frames:
+            run.frames = [run.frames[index] for index in chosen_frames(num_frames, settings.max_frames)]
+        else:
+            run = _run_ffmpeg(path, settings, span, picks=(num_frames, settings.max_frames))
+            detail = _judge(run, path)
+        fps = None if fps is None else fps * settings.max_frames / num_frames
+    height, width = common_size(run.sizes)
+    return DecodedVideo(run.frames, fps, height, width, source_bytes, detail)
 
 
-def read_frame_folder(path: Path, settings: DecodeSettings) -> DecodedVideo:
-    """Read a folder of numbered JPEG files (00001.jpg, 00002.jpg, ...) in numeric order; the bytes pass through untouched.
+def chosen_frames(num_frames: int, max_frames: int | None) -> Sequence[int]:
+    """The indices of the frames that a budget leaves: all, or `max_frames` of them in the middles of equal spans.
 
-    Numbers begin at 0 or 1 and have no gap; every file must decode in full. Hidden files and files of other types are not
-    frames. Links are not followed.
+    Example:
+        >>> chosen_frames(10, 4)
+        [1, 3, 6, 8]
+    """
+    if max_frames is None or num_frames <= max_frames:
+        return range(num_frames)
+    return [(2 * index + 1) * num_frames // (2 * max_frames) for index in range(max_frames)]
+
+
+def common_size(sizes: set[tuple[int, int]]) -> tuple[int, int]:
+    """The one (height, width) that all frames have.
 
     Raises:
-        VideoRejectedError: if the folder cannot be used.
-        OSError: if a file cannot be read.
+        VideoRejectedError: if there are several.
     """
-    if not path.is_dir():
-        raise VideoRejectedError("missing", f"no folder of that name: {path.name}")
-    names: dict[int, str] = {}
-    for entry in sorted(path.iterdir()):
-        if entry.name.startswith(".") or not entry.name.lower().endswith((".jpg", ".jpeg")):
-            continue
-        found = _FRAME_NAME.fullmatch(entry.name)
-        if found is None or entry.is_symlink() or not entry.is_file():
-            raise VideoRejectedError("odd_file", f"{entry.name!r} is no numbered JPEG file such as 00001.jpg")
-        number = int(found[1])
-        if number in names:
-            raise VideoRejectedError("odd_file", f"{sorted([names[number], entry.name])} have the same number")
-        names[number] = entry.name
-    _require_no_gap(sorted(names))
-    frames: list[bytes] = []
-    num_bytes = 0
-    for _, name in sorted(names.items()):
-        data = (path / name).read_bytes()
-        num_bytes += len(data)
-        if num_bytes > settings.max_video_bytes:
-            raise VideoRejectedError("too_large", f"more than {settings.max_video_bytes} bytes of JPEG data")
-        _require_whole_jpeg(data, name)
-        frames.append(data)
-    height, width = _common_size(frames)
-    return DecodedVideo(frames, None, height, width, num_bytes, "")
+    if len(sizes) > 1:
+        raise VideoRejectedError(
+            "size_changes", f"frames have {len(sizes)} sizes, for example {sorted(sizes)[:3]} (height, width)"
+        )
+    (size,) = sizes
+    return size
 
 
-def split_jpegs(data: bytes) -> list[bytes]:
-    """Split concatenated baseline JPEG files, as ffmpeg's mjpeg encoder writes them; an unfinished last one is dropped.
-
-    Segments before the scan are skipped by their length, so bytes inside them are never taken for an end; inside the scan a
-    0xFF is always followed by 0x00 or a restart marker (ITU-T T.81, B.1.1.5), so the first FF D9 is the end.
-
-    Raises:
-        ValueError: if `data` is not such a stream.
-    """
-    jpegs = []
-    start = 0
-    while start < len(data):
-        if data[start : start + 2] != b"\xff\xd8":
-            raise ValueError(f"no JPEG begins at byte {start} of the stream")
-        position = start + 2
-        marker = data[position : position + 2]
-        while len(marker) == 2 and marker != b"\xff\xda":
-            if marker[0] != 0xFF:
-                raise ValueError(f"no JPEG segment begins at byte {position} of the stream")
-            length = data[position + 2 : position + 4]
-            position += 2 + int.from_bytes(length, "big") if len(length) == 2 else len(data)
-            marker = data[position : position + 2]
-        end = data.find(b"\xff\xd9", position)
-        if len(marker) < 2 or end < 0:
-            break
-        jpegs.append(data[start : end + 2])
-        start = end + 2
-    return jpegs
+def too_many_bytes(settings: DecodeSettings) -> VideoRejectedError:
+    """The rejection of a video that gives more JPEG data than `settings.max_video_bytes`."""
+    advice = "raise shards.max_video_bytes, or set a smaller shards.short_side, shards.fps or shards.max_frames"
+    return VideoRejectedError("too_large", f"more than {settings.max_video_bytes} bytes of JPEG data; {advice}")
 
 
-def _ffmpeg_command(path: Path, settings: DecodeSettings) -> list[str]:
-    """The command line. `settb`, `setpts` and `enc_time_base` number the frames, since the encoder refuses equal timestamps."""
-    filters = []
-    if settings.short_side is not None:
-        side = settings.short_side
-        filters.append(f"scale=w='if(gte(dar,1),round({side}*dar),{side})':h='if(gte(dar,1),{side},round({side}/dar))'")
-        filters.append("setsar=1")
-    filters.append("settb=1/1000,setpts=N")
+def _ffmpeg_command(
+    path: Path, settings: DecodeSettings, span: tuple[float, float], picks: tuple[int, int] | None
+) -> list[str]:
+    """The command line; `picks` is the number of frames that come and of those to keep, None for all."""
+    seek, trim = _times(path, settings, span)
     source = ffmpeg.input(
         f"file:{path}",
         protocol_whitelist="file,pipe",
         format_whitelist=_DEMUXERS,
-        max_pixels=_MAX_PIXELS,
+        max_pixels=MAX_PIXELS,
         max_streams=64,
         threads=1,
+        # Frames of another size go through the same filters, which make them like the first, instead of starting a new count.
+        reinit_filter=0,
         flags="+bitexact",
+        **seek,
     )
     output = source["V:0"].output(
         "pipe:1",
         format="image2pipe",
         vcodec="mjpeg",
-        vf=",".join(filters),
-        sws_flags="bicubic+accurate_rnd+bitexact",
-        fps_mode="passthrough",
+        vf=",".join([*trim, *_filters(settings, picks)]),
         enc_time_base="1/1000",
         pix_fmt="yuvj420p",
         threads=1,
         huffman="default",
         map_metadata=-1,
         **{"flags:v": "+bitexact", "q:v": settings.jpeg_quality},
+        **_passthrough(ffmpeg_version()),
     )
     limits = ["-max_alloc", str(_MAX_ALLOC_BYTES), "-max_error_rate", str(_MAX_ERROR_RATE), "-filter_threads", "1"]
-    limits += ["-timelimit", str(int(settings.timeout_seconds) + 1)]
     quiet = ["-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info"]
     command: list[str] = output.compile(cmd=[ffmpeg_path(), *quiet, *limits])
     return command
 
 
-def _run_ffmpeg(command: list[str], settings: DecodeSettings) -> tuple[bytes, int, list[str]]:
-    """Run to the end or to a limit; returns the output, the exit code and the lines of messages."""
-    environment = {"PATH": os.defpath, "LC_ALL": "C"}
-    if "LD_LIBRARY_PATH" in os.environ:
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    with tempfile.TemporaryFile() as messages:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            env=environment,
-            cwd="/",
-            start_new_session=True,
-        )
-        try:
-            output = _collect(process, messages, settings)
-            return_code = process.wait(timeout=settings.timeout_seconds)
-        except subprocess.TimeoutExpired as error:
-            raise VideoRejectedError("timeout", f"ffmpeg closed its output but did not end: {error.timeout} s") from error
-        finally:
-            _kill_group(process)
-        if return_code == -signal.SIGKILL:
-            raise ChildProcessError(f"ffmpeg was killed from outside (out of memory?) while it ran: {' '.join(command)}")
-        messages.seek(0)
-        return output, return_code, messages.read().decode("utf-8", "replace").splitlines()
+def _filters(settings: DecodeSettings, picks: tuple[int, int] | None) -> list[str]:
+    filters = []
+    if settings.fps is not None:
+        filters.append(f"fps=fps={settings.fps!r}:round=up")
+    if picks is not None:
+        # The number of picks up to a frame is ceil((n + 1) * kept / total - 1/2); where it grows, the frame is one of them.
+        total, kept = picks
+        before, after = (f"ceil(({count}*{2 * kept}-{total})/{2 * total})" for count in ("n", "(n+1)"))
+        filters.append(f"select='gt({after},{before})'")
+    if settings.short_side is None:
+        width, height = f"round(iw*max({_PIXEL_SHAPE},1))", f"round(ih/min({_PIXEL_SHAPE},1))"
+    else:
+        side, shape = settings.short_side, f"(iw/ih*{_PIXEL_SHAPE})"
+        width, height = f"if(gte({shape},1),round({side}*{shape}),{side})", f"if(gte({shape},1),{side},round({side}/{shape}))"
+    filters.append(f"scale=w='{width}':h='{height}':out_range=full:flags=bicubic+accurate_rnd+bitexact")
+    # JPEG means BT.601 at full range, and nothing in the file can say otherwise. The matrix has its own step, after
+    # the scaling: ffmpeg goes through RGB for it, which costs half as much there, and nothing for sources of that matrix.
+    filters.append("scale=in_range=full:out_range=full:out_color_matrix=bt601:flags=bicubic+bitexact")
+    # Frames are numbered anew, since the encoder refuses equal times.
+    return [*filters, "setsar=1", "settb=1/1000", "setpts=N"]
 
 
-def _collect(process: subprocess.Popen[bytes], messages: IO[bytes], settings: DecodeSettings) -> bytes:
-    """Read standard output until it ends, watching the clock, the output's size and the messages' size."""
-    assert process.stdout is not None
-    deadline = time.monotonic() + settings.timeout_seconds
-    output = bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if time.monotonic() > deadline:
-                raise VideoRejectedError("timeout", f"ffmpeg took longer than {settings.timeout_seconds:g} s")
-            if os.fstat(messages.fileno()).st_size > _MAX_MESSAGE_BYTES:
-                raise VideoRejectedError("damaged", f"ffmpeg printed more than {_MAX_MESSAGE_BYTES} bytes of messages")
-            if not selector.select(timeout=0.2):
-                continue
-            chunk = os.read(process.stdout.fileno(), _READ_BYTES)
-            if not chunk:
-                return bytes(output)
-            output += chunk
-            if len(output) > settings.max_video_bytes:
-                raise VideoRejectedError("too_large", f"more than {settings.max_video_bytes} bytes of JPEG data")
+def _times(path: Path, settings: DecodeSettings, span: tuple[float, float]) -> tuple[dict[str, str], list[str]]:
+    """Options of the input and filters that take the frames with start <= time < end."""
+    start, end = span
+    # A frame after the limit is told in a message instead of being taken; what a container says of its length is often wrong.
+    limit = "select='if(gte(t,{:.6f}),0*print(t),1)'"
+    if start <= 0 and math.isinf(end):
+        return {}, [limit.format(settings.max_seconds)]
+    with path.open("rb") as file:
+        seekable = _SEEKABLE.match(file.read(16)) is not None
+    # After a seek times begin at 0 again; a whole second before the span is exact in all units of time.
+    begin = max(0, math.floor(start) - 1) if seekable else 0
+    trim = f"trim=start={start - begin:.6f}" + ("" if math.isinf(end) else f":end={end - begin:.6f}")
+    # A container's own unit of time may be as long as a frame; the comparison is made in microseconds.
+    filters = ["settb=1/1000000", trim, limit.format(start - begin + settings.max_seconds)]
+    return {"ss": str(begin)} if begin else {}, filters
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End ffmpeg and whatever it started; without effect on one that has ended."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+def _passthrough(version: str) -> dict[str, str]:
+    """The option that keeps every frame at its own time; it was renamed in ffmpeg 5.1."""
+    found = re.match(r"n?(\d+)\.(\d+)", version)
+    old = found is not None and (int(found[1]), int(found[2])) < (5, 1)
+    return {"vsync": "passthrough"} if old else {"fps_mode": "passthrough"}
 
 
-def _says_cut(source: str, message: str) -> bool:
-    """Whether a demuxer's message means that the file ends before what its own header promises.
-
-    MPEG transport streams mark packets as corrupt after every gap in reception, which is no cut.
-    """
-    if "partial file" in message or "File ended prematurely" in message:
-        return True
-    return message.startswith("Packet corrupt (stream") and "mpegts" not in source
-
-
-def _clean_detail(messages: list[str], path: Path) -> str:
-    """The last few messages as one printable line without the folder names of this machine."""
-    tail = "; ".join(messages[-_NUM_DETAIL_LINES:] if len(messages) <= _NUM_DETAIL_LINES else [messages[0], *messages[-4:]])
-    tail = tail.replace(f"file:{path}", path.name).replace(str(path), path.name)
-    return "".join(char if char.isprintable() else "?" for char in tail)[:_MAX_DETAIL_CHARS]
+def _run_ffmpeg(path: Path, settings: DecodeSettings, span: tuple[float, float], picks: tuple[int, int] | None) -> _Run:
+    """Run to the end or to a limit; if a frame budget is set and there is too much to hold, the frames are only counted."""
+    try:
+        with start_sandboxed(_ffmpeg_command(path, settings, span, picks), settings.timeout_seconds) as process:
+            return _collect(process, settings, may_drop=settings.max_frames is not None and picks is None)
+    except TimeLimitError as error:
+        raise VideoRejectedError("timeout", f"ffmpeg {error}; raise shards.timeout_seconds if the video is sound") from error
+    except MessageLimitError as error:
+        raise VideoRejectedError("damaged", f"ffmpeg {error}") from error
 
 
-def _require_regular_file(path: Path) -> None:
+def _collect(process: SandboxedProcess, settings: DecodeSettings, *, may_drop: bool) -> _Run:
+    run = _Run()
+    splitter = JpegSplitter()
+    num_bytes = 0
+    for chunk in process.chunks():
+        if not chunk:
+            _require_short(process.messages(), settings)
+        frames = splitter.feed(chunk)
+        run.num_frames += len(frames)
+        if run.num_frames > MAX_FRAMES:
+            raise VideoRejectedError("too_large", f"more than {MAX_FRAMES} frames; set shards.fps, or take a shorter span")
+        num_bytes += len(chunk)
+        if num_bytes <= settings.max_video_bytes:
+            run.frames += frames
+        elif may_drop:
+            run.frames.clear()
+        else:
+            raise too_many_bytes(settings)
+    run.return_code = process.wait()
+    run.sizes, run.lines = splitter.sizes, process.messages()
+    _require_short(run.lines, settings)
+    return run
+
+
+def _require_short(lines: list[str], settings: DecodeSettings) -> None:
+    if says_too_long(lines):
+        detail = f"there are frames after {settings.max_seconds:g} s; raise shards.max_seconds or take a shorter span"
+        raise VideoRejectedError("too_long", detail)
+
+
+def _judge(run: _Run, path: Path) -> str:
+    """Reject a run that went wrong or gave no frame; returns what the decoder complained about all the same."""
+    serious, cut = complaints(run.lines)
+    detail = clean_detail(serious, path)
+    if run.num_frames and cut:
+        raise VideoRejectedError("truncated", clean_detail(cut[:1] + serious, path))
+    if run.return_code != 0:
+        code = f"killed by signal {-run.return_code}" if run.return_code < 0 else f"exit code {run.return_code}"
+        kind = "damaged" if run.num_frames else "undecodable"
+        raise VideoRejectedError(kind, f"ffmpeg {code} after {run.num_frames} frames: {detail}")
+    if not run.num_frames:
+        raise VideoRejectedError("no_frames", detail or "ffmpeg ended well but gave no frame")
+    return detail
+
+
+def _checked_span(start: float | None, end: float | None) -> tuple[float, float]:
+    span = 0.0 if start is None else start, math.inf if end is None else end
+    if not span[0] < span[1] or math.isinf(span[0]):  # true for numbers that are none
+        raise VideoRejectedError("no_frames", f"the span from {start} to {end} s holds no time; check the annotations")
+    return max(0.0, span[0]), span[1]
+
+
+def _require_regular_file(path: Path) -> int:
+    """The file's size in bytes, if it is a file and not empty."""
     try:
         status = path.stat()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise VideoRejectedError("missing", f"no file of that name: {path.name}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno in {errno.ENAMETOOLONG, errno.ELOOP}:
+            raise VideoRejectedError("missing", f"no file can have that name: {printable(path.name)}") from error
+        raise
     if not stat.S_ISREG(status.st_mode):
         raise VideoRejectedError("odd_file", f"{path.name} is no regular file")
     if status.st_size == 0:
         raise VideoRejectedError("empty", "the file has 0 bytes")
-
-
-def _require_no_gap(numbers: list[int]) -> None:
-    if not numbers:
-        raise VideoRejectedError("no_frames", "the folder holds no JPEG file")
-    first = min(numbers[0], 1)
-    missing = sorted(set(range(first, min(numbers[-1] + 1, first + 2 * len(numbers)))) - set(numbers))
-    if missing:
-        raise VideoRejectedError(
-            "gap", f"frame {missing[0]} is missing; found {len(numbers)} from {numbers[0]} to {numbers[-1]}"
-        )
-
-
-def _require_whole_jpeg(data: bytes, name: str) -> None:
-    try:
-        height, width = simplejpeg.decode_jpeg_header(data)[:2]
-        if height * width > _MAX_PIXELS:
-            raise VideoRejectedError("too_large", f"{name} has {width}x{height} pixels")
-        simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True)
-    except ValueError as error:
-        raise VideoRejectedError("not_jpeg", f"{name}: {error}") from error
-
-
-def _common_size(frames: list[bytes]) -> tuple[int, int]:
-    sizes = {tuple(simplejpeg.decode_jpeg_header(frame)[:2]) for frame in frames}
-    if len(sizes) > 1:
-        raise VideoRejectedError(
-            "size_changes", f"frames have {len(sizes)} sizes, for example {sorted(sizes)[:3]} (height, width)"
-        )
-    height, width = sizes.pop()
-    return int(height), int(width)
+    return status.st_size

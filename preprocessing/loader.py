@@ -134,7 +134,7 @@ class Loader:
         self._mirror = mirror_labels(self.shards.label_names)
         # Enough batches under way to keep all threads busy while the caller holds one.
         self._num_prefetched = max(2, 1 + -(-self.num_workers // self.batch_size))
-        self._reader = FrameReader(self.shards.path)
+        self._reader = FrameReader(self.shards)
         self._epoch = 0
         self._step = 0
 

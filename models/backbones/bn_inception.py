@@ -64,7 +64,7 @@ class BNInception(nn.Module):
     branch's convolution and its batch norm, and its module is named `gsm_inception_<block>_<branch>`.
 
     Weights are random: He et al. 2015 (normal, fan in) for convolutions, zero biases, ones and zeros for batch norms. Nothing
-    is downloaded; `models.load_published_weights` loads a file.
+    is downloaded; `models.load_backbone_weights` loads ImageNet's.
 
     Args:
         make_slot_module: makes the module of each slot; without it slots stay empty (TSN).
@@ -73,7 +73,10 @@ class BNInception(nn.Module):
         input: [N, 3, H, W], H and W at least 32. Output: [N, 1024]. A channels_last input stays channels_last throughout.
     """
 
+    SLOTS = tuple(BLOCKS)
     num_features = 1024
+    input_pixels = 224
+    min_pixels = 32
 
     def __init__(self, make_slot_module: MakeSlotModule | None = None) -> None:
         super().__init__()

@@ -9,11 +9,15 @@ Legend: B clips, T segments, N = B * T frames (clips outermost), C channels, H x
 
 Where this differs from the authors' code in form, not in value: batch norm and convolution work on frames, so the map is never
 copied to [B, C, T, H, W]; the 3 x 3 x 3 kernel runs as three 3 x 3 ones whose answers are added over neighbouring segments,
-which mostly took less time than a 3-D convolution on a CPU (two threads, both memory layouts, November 2026; in one case more).
+which mostly took less time than a 3-D convolution on a CPU (two threads, both memory layouts, November 2026; in one case more);
+and the shift has its own gradient (`_Shift`), since what automatic differentiation does with slices copies whole maps.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _PAST = (0, 0, 0, 0, 0, 0, 1, 0)
@@ -48,7 +52,8 @@ class GateShift(nn.Module):
         input and output: [N, C, H, W] with N = B * T, clips outermost. The memory layout (contiguous or channels_last) is kept.
 
     Raises:
-        ValueError: if `channels` is not a positive multiple of 4.
+        ValueError: if `channels` is not a positive multiple of 4, or `num_segments` is not positive; from `forward`, if N is
+            not a multiple of T.
 
     Example:
         >>> gate_shift = GateShift(channels=8, num_segments=4).eval()
@@ -61,6 +66,8 @@ class GateShift(nn.Module):
         super().__init__()
         if channels <= 0 or channels % 4:
             raise ValueError(f"GateShift got {channels} channels, but needs a positive multiple of 4 (two quarters a group)")
+        if num_segments < 1:
+            raise ValueError(f"GateShift got {num_segments} segments, but needs at least 1")
         self.num_segments = num_segments
         self.interleave = interleave
         self.conv3D = nn.Conv3d(channels, 2, kernel_size=3, padding=1, groups=2)
@@ -76,7 +83,7 @@ class GateShift(nn.Module):
             input [N, C, H, W], output [B, T, 2, H, W] with values in (-1, 1).
         """
         kernels = self.conv3D.weight.transpose(1, 2).flatten(0, 1)  # (group, segment t-1 / t / t+1), C/2, 3, 3
-        answers = functional.conv2d(functional.relu(self.bn(x_NCHW)), kernels, padding=1, groups=2)
+        answers = functional.conv2d(functional.relu(self.bn(x_NCHW), inplace=True), kernels, padding=1, groups=2)
         past, present, future = answers.view(-1, self.num_segments, 2, 3, *x_NCHW.shape[2:]).unbind(3)
         sum_BT2HW = functional.pad(past[:, :-1], _PAST) + present + functional.pad(future[:, 1:], _FUTURE)
         gate_BT2HW = torch.tanh(sum_BT2HW + self.conv3D.bias[:, None, None])  # type: ignore[index]  # as in __init__
@@ -84,15 +91,47 @@ class GateShift(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Gate, shift, and pass on to `attn`; see the class."""
-        _, channels, height, width = x_NCHW.shape
-        x = x_NCHW.view(-1, self.num_segments, 2, channels // 2, height, width)  # B, T, group, C/2, H, W
-        y = self.gate(x_NCHW).unsqueeze(3) * x
-        shifted = torch.stack((functional.pad(y[:, 1:, 0], _FUTURE), functional.pad(y[:, :-1, 1], _PAST)), dim=2)
-        z_NCHW = (x - y + shifted).flatten(2, 3).flatten(0, 1)
+        num_frames, channels, height, width = x_NCHW.shape
+        if num_frames % self.num_segments:
+            raise ValueError(f"{num_frames} frames are no whole number of clips of {self.num_segments} segments")
+        x_BTGCHW = x_NCHW.view(-1, self.num_segments, 2, channels // 2, height, width)
+        z_BTGCHW: Tensor = _Shift.apply(x_BTGCHW, self.gate(x_NCHW).unsqueeze(3))
+        z_NCHW = z_BTGCHW.flatten(2, 3).flatten(0, 1)
         if self.interleave:
             z_NCHW = z_NCHW.view(-1, 2, 2, channels // 4, height, width).transpose(2, 3).flatten(1, 3)
         z: Tensor = self.attn(z_NCHW.contiguous(memory_format=_layout(x_NCHW)))
         return z
+
+
+class _Shift(torch.autograd.Function):
+    """Z of the equations in `GateShift`, from the groups X [B, T, 2, C/2, H, W] and their gates [B, T, 2, 1, H, W].
+
+    The gradient: Y1 of segment t stands in Z1 of t - 1 with a plus and in Z1 of t with a minus, Y2 likewise in Z2 of t + 1 and
+    of t, hence
+
+        dY1 = dZ1 of segment t - 1, minus dZ1       dX = dZ + gate . dY
+        dY2 = dZ2 of segment t + 1, minus dZ2       dgate = sum over channels of X . dY
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        """Z."""
+        ctx.save_for_backward(x, gate)
+        y = gate * x
+        z = x - y
+        z[:, :-1, 0] += y[:, 1:, 0]
+        z[:, 1:, 1] += y[:, :-1, 1]
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients dX and dgate."""
+        x, gate = ctx.saved_tensors
+        dy = -dz
+        dy[:, 1:, 0] += dz[:, :-1, 0]
+        dy[:, :-1, 1] += dz[:, 1:, 1]
+        return torch.addcmul(dz, gate, dy), (x * dy).sum(dim=3, keepdim=True)
 
 
 def _layout(x_NCHW: Tensor) -> torch.memory_format:

@@ -7,10 +7,11 @@ from infra.settings import nearest
 from pipelines.config import ExperimentConfig
 from pipelines.experiments.demo import demo
 from pipelines.experiments.diving48 import diving48, diving48_smoke
+from pipelines.experiments.folder import folder
 from pipelines.experiments.something_v1 import something_v1, something_v1_smoke
 
 EXPERIMENTS: dict[str, Callable[[], ExperimentConfig]] = {
-    function.__name__: function for function in (demo, something_v1, something_v1_smoke, diving48, diving48_smoke)
+    function.__name__: function for function in (demo, something_v1, something_v1_smoke, diving48, diving48_smoke, folder)
 }
 
 

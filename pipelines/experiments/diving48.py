@@ -1,7 +1,5 @@
 """Diving48 V2, whole and in small."""
 
-from pathlib import Path
-
 from infra.settings import apply_overrides
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import EvaluateSettings
@@ -19,7 +17,7 @@ def diving48() -> ExperimentConfig:
     the test split also chooses the best epoch and trial.
     """
     return ExperimentConfig(
-        dataset=DatasetSettings(name="diving48", root=Path("data/diving48")),
+        dataset=DatasetSettings(name="diving48", root="data/diving48"),
         shards=ShardSettings(short_side=256),
         search=SearchSettings(num_trials=24, max_epochs=6),
         train=TrainSettings(epochs=30, batch_size=32, learning_rate=0.01, warmup_epochs=3.0),

@@ -1,7 +1,5 @@
 """Something-Something V1, whole and in small."""
 
-from pathlib import Path
-
 from infra.settings import apply_overrides
 from pipelines.config import ExperimentConfig
 from pipelines.training.settings import TrainSettings
@@ -17,7 +15,7 @@ def something_v1() -> ExperimentConfig:
     on one by us yet. To compare with: published GSM, BN-Inception, 16 frames, ImageNet weights 49.56 % top-1.
     """
     return ExperimentConfig(
-        dataset=DatasetSettings(name="something_v1", root=Path("data/something_v1")),
+        dataset=DatasetSettings(name="something_v1", root="data/something_v1"),
         search=SearchSettings(num_trials=24, max_epochs=6, subset=20_000),
         train=TrainSettings(epochs=60, batch_size=32, learning_rate=0.01, warmup_epochs=10.0),
     )

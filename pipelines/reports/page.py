@@ -6,7 +6,7 @@ requests; a table disarms what a spreadsheet would take for a formula.
 
 import base64
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, seconds=_seconds, megabytes=_megabytes)
+    environment.filters.update(percent=percent, seconds=_seconds, megabytes=_megabytes, count=_count)
     write_bytes(path, environment.get_template(template).render(values).encode("utf-8", errors="replace"))
     return path
 
@@ -38,7 +38,7 @@ def data_uri(png: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write a table for spreadsheets: texts that look like formulas get an apostrophe in front; numbers stay numbers."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
@@ -71,3 +71,7 @@ def _seconds(value: float | None) -> str:
 
 def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _count(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.1f}".removesuffix(".0")

@@ -40,7 +40,7 @@ class TrainJob:
 
     Attributes:
         name: shown by Ray; letters, digits, `-` and `_`.
-        shards_dir: a shard set, on a disk that all workers see.
+        shards_place: a shard set: a folder that all workers see, or an `s3://` or `gs://` URL.
         model: the network.
         train: how to train it.
         train_split: the split to train on.
@@ -48,7 +48,7 @@ class TrainJob:
     """
 
     name: str
-    shards_dir: Path
+    shards_place: str
     model: ModelSettings
     train: TrainSettings
     train_split: str = "train"
@@ -74,7 +74,7 @@ def train_job(
 
     from pipelines.training.loop import train
 
-    train_split, val_split = (open_shards(job.shards_dir, split) for split in (job.train_split, job.val_split))
+    train_split, val_split = (open_shards(job.shards_place, split) for split in (job.train_split, job.val_split))
     torch.manual_seed(job.train.seed)
     return train(
         build_model(job.model, num_classes=len(train_split.label_names), num_segments=job.train.num_segments),
@@ -94,7 +94,7 @@ def train_job(
 
 def save_model(folder: Path, job: TrainJob, weights: Path) -> None:
     """Write the trained network into `folder`: a copy of `weights` (safetensors) and model.json."""
-    shards = open_shards(job.shards_dir, job.train_split)
+    shards = open_shards(job.shards_place, job.train_split)
     folder.mkdir(exist_ok=True)
     with atomic_path(folder / "model.safetensors") as temporary:
         shutil.copyfile(weights, temporary)
@@ -137,7 +137,7 @@ def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str,
     return model.eval(), settings, facts
 
 
-def score_model(model_dir: Path, shards_dir: Path, settings: "EvaluateSettings", scores_path: Path) -> dict[str, Any]:
+def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings", scores_path: Path) -> dict[str, Any]:
     """Score each clip of a split once; writes `scores_path` (parquet) and returns `Scores.summarise`.
 
     Raises:
@@ -150,10 +150,10 @@ def score_model(model_dir: Path, shards_dir: Path, settings: "EvaluateSettings",
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, train, facts = load_model(model_dir)
-    shards = open_shards(shards_dir, settings.split)
+    shards = open_shards(shards_place, settings.split)
     if shards.label_passport != facts["label_passport"]:
         raise DataError(
-            f"{model_dir} was trained for labels {facts['label_passport']}, {shards_dir} has labels {shards.label_passport}; "
+            f"{model_dir} was trained for labels {facts['label_passport']}, {shards_place} has labels {shards.label_passport}; "
             "evaluate on shards with the same label list"
         )
     loader = make_loader(

@@ -9,11 +9,19 @@ import logging
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from infra.errors import ConfigError
 from infra.settings import Settings
-from models import VideoClassifier, create_model, load_published_weights, model_options, parse_placement
+from models import (
+    SLOTS,
+    VideoClassifier,
+    create_model,
+    load_published_weights,
+    model_options,
+    model_slots,
+    parse_placement,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +33,11 @@ class ModelSettings(Settings):
         name: a name of `models.list_models()`.
         placement: the slots that carry attention; any spelling that `models.parse_placement` reads, kept as it prints itself,
             so that equal placements are equal settings; SA-GSM only.
-        scope: attention within each `frame`, or `joint` over the whole clip; SA-GSM only.
+        scope: attention within each `frame`, over time at each place (`temporal`), `joint` over the whole clip, or `divided`
+            into temporal and then frame; SA-GSM only.
         value: form of the value path, the published `fused` or equation 3's `bottleneck`; SA-GSM only.
+        scaled: divide scores by the square root of the width of the queries (not in equation 1); SA-GSM only.
+        num_heads: number of attention heads; divides an eighth of the channels of each slot; SA-GSM only.
         interleave: interleave channels after the shift, as published (D10); GSM and SA-GSM.
         dropout: probability of dropout before the classifier.
         input_format: `caffe_bgr` for the published ImageNet weights, otherwise `unit_rgb`.
@@ -35,8 +46,10 @@ class ModelSettings(Settings):
 
     name: str = "sa_gsm_bn_inception"
     placement: str = "all"
-    scope: Literal["frame", "joint"] = "frame"
+    scope: Literal["frame", "temporal", "joint", "divided"] = "frame"
     value: Literal["fused", "bottleneck"] = "fused"
+    scaled: bool = False
+    num_heads: int = Field(default=1, ge=1)
     interleave: bool = True
     dropout: float = Field(default=0.5, ge=0, lt=1)
     input_format: Literal["unit_rgb", "caffe_bgr"] = "unit_rgb"
@@ -50,8 +63,9 @@ class ModelSettings(Settings):
 
     @field_validator("placement", mode="before")
     @classmethod
-    def _spell_placement(cls, placement: Any) -> str:
-        return str(parse_placement(placement))
+    def _spell_placement(cls, placement: Any, info: ValidationInfo) -> str:
+        slots = model_slots(info.data["name"]) if "name" in info.data else ()
+        return str(parse_placement(placement, slots or SLOTS))
 
 
 class TrainSettings(Settings):

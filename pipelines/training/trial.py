@@ -19,7 +19,7 @@ _STATUS: dict[str, RunStatus] = {"failed": "FAILED", "interrupted": "KILLED"}
 
 
 def trial_job(
-    shards_dir: Path, model: ModelSettings, train: TrainSettings, search: SearchSettings, *, val_split: str
+    shards_place: str, model: ModelSettings, train: TrainSettings, search: SearchSettings, *, val_split: str
 ) -> TrainJob:
     """The job of a trial before its own overrides: the experiment's training, cut to `search.max_epochs` and `search.subset`.
 
@@ -31,7 +31,7 @@ def trial_job(
         "subset": search.subset or train.subset,
         "validate_every_epochs": 1,
     }
-    return TrainJob("trial", shards_dir, model, apply_overrides(train, short), val_split=val_split)
+    return TrainJob("trial", shards_place, model, apply_overrides(train, short), val_split=val_split)
 
 
 def run_trial(

@@ -49,7 +49,7 @@ def test_a_run_keeps_params_metrics_tags_inputs_and_files(tracker: Tracker, tmp_
         run.log_text("seed: 0\n", "conf/config.yaml")
         run.log_json({"b": 1, "a": [2]}, "tables/summary.json")
         run.log_file(picture, "figures")
-        run.log_dataset("diving48", "f" * 64, tmp_path, "train")
+        run.log_dataset("diving48", "f" * 64, str(tmp_path), "train")
         run.describe("**top-1 0.25**" + "x" * 9000)
     stored = tracker._client.get_run(run.run_id)
     params = stored.data.params

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import VideoClassifier, create_model, list_models, parameter_roles
+from models import VideoClassifier, create_model, list_models, model_slots, parameter_roles
+from models.temporal.relation import MultiScaleRelation
 
 
 class MeanColour(nn.Module):
@@ -23,6 +24,30 @@ def test_logits_are_the_mean_over_segments():
     clips = torch.randn(2, 4, 3, 8, 8)
     frames = torch.stack([model.new_fc(clip.mean(dim=(2, 3))).mean(dim=0) for clip in clips])
     torch.testing.assert_close(model(clips), frames)
+
+
+def test_a_backbone_of_whole_clips_needs_no_consensus():
+    class MeanVolume(nn.Module):
+        num_features = 3
+        takes_clips = True
+
+        def forward(self, x_BCTHW):
+            return x_BCTHW.mean(dim=(2, 3, 4))
+
+    model = VideoClassifier(MeanVolume(), num_classes=5, num_segments=4).eval()
+    clips = torch.randn(2, 4, 3, 8, 8)
+    torch.testing.assert_close(model(clips), model.new_fc(clips.mean(dim=(1, 3, 4))))
+
+
+def test_a_relation_head_takes_the_place_of_the_mean():
+    head = MultiScaleRelation(4, 5, frame_features=6)
+    model = small(consensus=head).eval()
+    clips = torch.randn(2, 4, 3, 8, 8)
+    torch.testing.assert_close(model(clips), head(model.new_fc(clips.mean(dim=(3, 4)))))
+    assert model.new_fc.out_features == 6
+    assert small().class_tensors == ["new_fc.weight", "new_fc.bias"]
+    layers = [f"consensus.fc_fusion_scales.{scale}.3" for scale in range(3)]
+    assert model.class_tensors == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 8, 8), (2, 4, 1, 8, 8), (8, 3, 8, 8)])
@@ -83,11 +108,14 @@ def test_wrong_arguments_are_refused(options, message):
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_trainable_parameter_has_exactly_one_role(name):
-    model = create_model(name, num_classes=5, num_segments=2)
+    with torch.device("meta"):
+        model = create_model(name, num_classes=5, num_segments=2)
     roles = parameter_roles(model)
     sorted_names = sorted(parameter for parameters in roles.values() for parameter in parameters)
     assert sorted_names == sorted(parameter for parameter, _ in model.named_parameters())
     assert list(roles) == ["weight", "bias", "norm", "gate", "gamma"]
+    assert len(roles["gamma"]) == (len(model_slots(name)) if name.startswith("sa_gsm") else 0)
+    assert len(roles["gate"]) == (len(model_slots(name)) if "gsm" in name else 0)
 
 
 def test_roles_of_sa_gsm():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import SLOTS, Placement, parse_placement
+from models import SLOTS, Placement, model_slots, parse_placement
 
 slot_sets = st.sets(st.sampled_from(SLOTS))
 
@@ -74,6 +74,45 @@ def test_an_illegal_placement_is_refused_with_the_legal_slots(value, found):
     assert "the slots are 3a, 3b, 3c, 4a, 4b, 4c, 4d, 4e, 5a, 5b" in message
     assert "all, none, stage3, stage4, stage5" in message
     assert "0 to 1023" in message
+
+
+@pytest.mark.parametrize("name", ["gsm_inception_v3", "gsm_resnet18", "gsm_resnet101"])
+@given(st.data())
+def test_every_backbone_has_its_own_slots(name, data):
+    slots = model_slots(name)
+    chosen = data.draw(st.sets(st.sampled_from(slots)))
+    placement = Placement(chosen, slots)
+    spellings = ["+".join(chosen) or "none", placement.mask, f"0b{placement.mask:b}", str(placement), placement]
+    assert {parse_placement(spelling, slots) for spelling in spellings} == {placement}
+    assert set(placement) == chosen
+
+
+@pytest.mark.parametrize(
+    "name, group, slots",
+    [
+        ("gsm_resnet18", "stage2", ("layer1.0", "layer1.1")),
+        ("gsm_resnet50", "stage5", ("layer4.0", "layer4.1", "layer4.2")),
+        ("gsm_inception_v3", "stage3", ("mixed", "mixed_1", "mixed_2", "mixed_3")),
+        ("gsm_inception_v3", "stage4", ("mixed_4", "mixed_5", "mixed_7", "mixed_8")),
+        ("gsm_inception_v3", "stage5", ("mixed_9", "mixed_10")),
+    ],
+)
+def test_named_groups_of_other_backbones(name, group, slots):
+    assert parse_placement(group, model_slots(name)).slots == slots
+    assert str(parse_placement("all", model_slots(name))) == "all"
+
+
+def test_slots_of_another_backbone_are_refused_with_those_of_this_one():
+    resnet18 = model_slots("gsm_resnet18")
+    with pytest.raises(
+        ValueError, match=r"'3a' is not a slot: the slots are layer1\.0, .* all, none, stage2, stage3, stage4, stage5"
+    ):
+        parse_placement("3a", resnet18)
+    with pytest.raises(ValueError, match=r"the bit mask 256 names slots that do not exist: .* from 0 to 255"):
+        parse_placement(256, resnet18)
+    with pytest.raises(ValueError, match=r"the placement 3a was made for a backbone of other slots: the slots are layer1\.0"):
+        parse_placement(Placement(("3a",)), resnet18)
+    assert parse_placement("none") != parse_placement("none", resnet18)
 
 
 def test_a_placement_cannot_be_changed():

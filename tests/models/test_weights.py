@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import create_model, load_published_weights
+from models.temporal.relation import MultiScaleRelation
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
@@ -111,15 +112,88 @@ def test_a_missing_file_says_so(tmp_path):
         load_published_weights(small(), tmp_path / "nowhere.pth")
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the published numbers are not here: {REFERENCE} does not exist")
-@pytest.mark.parametrize("name", ["tsn_bn_inception", "gsm_bn_inception", "sa_gsm_bn_inception"])
-def test_published_weights_give_the_published_logits(name):
+def test_names_of_tsm_and_of_an_old_pytorch_are_understood(tmp_path):
+    model = create_model("tsm_resnet18", num_classes=3, num_segments=2)
+    source = create_model("tsm_resnet18", num_classes=3, num_segments=2)
+    published = {
+        f"module.{name}".replace(".conv1.weight", ".conv1.net.weight").replace(
+            "base_model.conv1.net.", "base_model.conv1."
+        ): tensor
+        for name, tensor in source.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    assert "module.base_model.layer1.0.conv1.net.weight" in published
+    assert "module.base_model.conv1.weight" in published
+    torch.save({"state_dict": published}, tmp_path / "tsm.pth.tar")
+    load_published_weights(model, tmp_path / "tsm.pth.tar")
+    assert_equal_weights(model, source)
+
+
+LABELS = ["push", "pull", "turn"]
+
+
+@pytest.mark.parametrize("name", ["tsn_bn_inception", "trn_bn_inception"])
+def test_classes_are_put_in_the_order_of_the_dataset(name):
+    source = create_model(name, num_classes=3, num_segments=3).eval()
+    torch.nn.init.normal_(source.new_fc.weight)
+    model = create_model(name, num_classes=3, num_segments=3).eval()
+    before = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    load_published_weights(model, source.state_dict(), class_order=LABELS, label_names=["turn", "push", "pull"])
+    clips = torch.randn(1, 3, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(clips), source(clips)[:, [2, 0, 1]])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "orders, message",
+    [
+        ({"class_order": LABELS}, "go together; only one of them was given"),
+        ({"label_names": LABELS}, "go together; only one of them was given"),
+        (
+            {"class_order": LABELS[:2], "label_names": LABELS},
+            "class_order has 2 labels, 2 of them different; the network has 3",
+        ),
+        (
+            {"class_order": LABELS, "label_names": ["push"] * 3},
+            "label_names has 3 labels, 1 of them different; the network has 3",
+        ),
+        ({"class_order": LABELS, "label_names": ["push", "pull", "lift"]}, "other labels; it has no class for: 'lift'"),
+    ],
+)
+def test_orders_of_classes_that_do_not_match_are_refused(orders, message, source):
+    model = small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_published_weights(model, source.state_dict(), **orders)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+NAMES = [
+    "tsn_bn_inception",
+    "gsm_bn_inception",
+    "sa_gsm_bn_inception",
+    "gsm_inception_v3",
+    "tsn_resnet50",
+    "tsm_resnet50",
+]
+
+
+def load_reference(name):
     spec = importlib.util.spec_from_file_location("recipe", REFERENCE / "recipe.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    facts, state, clips = recipe.load(REFERENCE / f"{name}.json")
+    return recipe.load(REFERENCE / f"{name}.json")
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the published numbers are not here: {REFERENCE} does not exist")
+@pytest.mark.parametrize("name", NAMES)
+def test_published_weights_give_the_published_logits(name):
+    facts, state, clips = load_reference(name)
 
     model = create_model(name, num_classes=174, num_segments=facts["num_segments"]).eval()
+    ours = {key.replace(".conv1.net.", ".conv1.") for key in facts["keys"]}
+    assert set(model.state_dict()) == ours
     load_published_weights(model, state)
     assert sum(parameter.numel() for parameter in model.parameters()) == facts["params"]
 
@@ -135,3 +209,16 @@ def test_published_weights_give_the_published_logits(name):
             error = (model(given)[0].double() - expected).norm() / expected.norm()
         print(f"{name}, {case}: relative error of the logits {error:.1e}")
         assert error < allowed, case
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the published numbers are not here: {REFERENCE} does not exist")
+def test_the_published_relation_head_gives_the_published_logits():
+    facts, state, features = load_reference("trn_multiscale_head")
+    head = MultiScaleRelation(facts["num_segments"], 174).eval()
+    load_published_weights(head, state)
+    assert sum(parameter.numel() for parameter in head.parameters()) == facts["params"]
+    expected = torch.tensor(facts["logits"], dtype=torch.float64)
+    with torch.inference_mode():
+        error = (head(features)[0].double() - expected).norm() / expected.norm()
+    print(f"trn_multiscale_head: relative error of the logits {error:.1e}")
+    assert error < 1e-4

@@ -16,6 +16,7 @@ from infra.errors import ConfigError, DataError
 from preprocessing.datasets import (
     DatasetSettings,
     VideoIndex,
+    find_archive,
     index_videos,
     load_video_index,
     raw_listing,
@@ -35,6 +36,7 @@ needs_real_mini = pytest.mark.skipif(
 SOMETHING = DatasetSettings(name="something_v1")
 DIVING = DatasetSettings(name="diving48")
 CSV = "something-something-v1-{}.csv"
+SOMETHING_DIR = "20bn-something-something-v1"
 
 
 @pytest.fixture
@@ -263,7 +265,41 @@ def test_both_sources_are_refused_and_none_is_explained(tmp_path: Path) -> None:
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
-    assert DatasetSettings.model_validate({"name": "diving48", "root": "~/data"}).root == Path("/somewhere/data")
+    assert DatasetSettings.model_validate({"name": "diving48", "root": "~/data"}).root == "/somewhere/data"
+    assert DatasetSettings.model_validate({"name": "diving48", "root": Path("~/data")}).root == "/somewhere/data"
+
+
+def test_the_versions_of_diving48_are_different_datasets(diving: Path) -> None:
+    version_1 = DatasetSettings(name="diving48", version="V1")
+    assert "has no Diving48_train.json" in message_of(lambda: index_videos(version_1, diving))
+    (diving / "Diving48_train.json").write_text('[{"vid_name": "a_00001", "label": 1, "start_frame": 0, "end_frame": 9}]')
+    (diving / "Diving48_test.json").write_text("[]")
+    assert index_videos(version_1, diving).videos["video_id"].to_pylist() == ["a_00001"]
+    assert (DIVING.dataset_name, version_1.dataset_name) == ("diving48", "diving48_v1")
+    assert raw_listing(version_1.model_copy(update={"root": diving})) != raw_listing(DIVING.model_copy(update={"root": diving}))
+
+
+@pytest.mark.parametrize("settings", [SOMETHING, DIVING])
+def test_published_archives_are_found_where_the_folder_is_missing(
+    something: Path, diving: Path, settings: DatasetSettings
+) -> None:
+    folder, parts, pattern = {
+        "something_v1": (SOMETHING_DIR, [f"{SOMETHING_DIR}-aa", f"{SOMETHING_DIR}-ab"], f"{SOMETHING_DIR}-??"),
+        "diving48": ("rgb", ["Diving48_rgb.tar.gz"], "Diving48_rgb.tar*"),
+    }[settings.name]
+    root = diving  # the same folder as that of the other fixture
+    assert find_archive(settings, root) is None
+    for part in parts:
+        (root / part).write_bytes(b"x")
+    assert find_archive(settings, root) is None
+    (root / folder).rmdir()
+    assert find_archive(settings, root) == pattern
+    with_root = settings.model_copy(update={"root": str(root)})
+    before = raw_listing(with_root)
+    (root / parts[-1]).write_bytes(b"xy")
+    assert raw_listing(with_root) != before
+    named = settings.model_copy(update={"archive": "other.tar"})
+    assert "has no file like 'other.tar'" in message_of(lambda: find_archive(named, root))
 
 
 def test_an_index_survives_saving_and_a_changed_name_is_noticed(something: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The shard set's books: each video exactly once, too many rejections refused, every later damage found."""
+"""The books: each video exactly once, too many rejections refused, and read only if they are as they were written."""
 
 import json
 import shutil
@@ -7,20 +7,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 
 from infra.errors import DataError, PipelineError
-from infra.storage import sha256_json
+from infra.filesystems import Folder
+from infra.storage import sha256_file, sha256_json
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.finish import finish_shard_set
-from preprocessing.index import INDEX_SCHEMA, LEDGER_SCHEMA, read_dataset_info, read_index, read_ledger
+from preprocessing.index import INDEX_SCHEMA, LEDGER_SCHEMA, FileInfo, dataset_json, read_dataset_info, read_index, read_ledger
 from preprocessing.labels import label_passport
 from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings, write_shard
 from preprocessing.sources import FolderSource
-from preprocessing.verify import verify_shards
 
 LABEL_NAMES = ["left", "right", "up"]
 SETTINGS = ShardSettings(videos_per_shard=3, max_bad_fraction=0.4)
@@ -86,48 +87,6 @@ def test_ledger_has_each_video_once_and_the_index_the_kept_ones(shard_set: Path)
     assert info.settings == SETTINGS.model_dump(mode="json")
 
 
-def test_whole_shard_set_has_no_problem(shard_set: Path) -> None:
-    assert verify_shards(shard_set) == []
-
-
-def test_verify_names_each_damage(shard_set: Path) -> None:
-    first, second, third, fourth = sorted(shard_set.glob("*.tar"))
-    data = bytearray(first.read_bytes())
-    data[600] ^= 1  # inside a picture
-    first.write_bytes(data)
-    second.write_bytes(second.read_bytes()[:-512])
-    third.unlink()
-    shutil.copy(fourth, shard_set / "train-000099.tar")
-    size = second.stat().st_size
-    assert verify_shards(shard_set) == [
-        "train-000099.tar is not listed in dataset.json",
-        f"{first.name} has another SHA-256 than dataset.json says",
-        f"{second.name} has {size} bytes, dataset.json says {size + 512}",
-        f"{third.name} is missing",
-    ]
-
-
-def test_verify_sees_a_damaged_header(shard_set: Path) -> None:
-    path = min(shard_set.glob("*.tar"))
-    data = bytearray(path.read_bytes())
-    data[3] ^= 1
-    path.write_bytes(data)
-    problems = verify_shards(shard_set)
-    assert len(problems) == 2
-    assert "no valid member header at byte 0" in problems[1]
-
-
-def test_verify_sees_an_index_that_points_elsewhere(shard_set: Path) -> None:
-    rows = read_index(shard_set).to_pylist()
-    rows[0]["frame_offsets"][1] += 512
-    lost = rows.pop()
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), shard_set / "index.parquet")
-    problems = verify_shards(shard_set)
-    assert f"{rows[0]['shard']}: frame 1 of {rows[0]['key']} is not where the index says" in problems
-    assert f"{lost['shard']} holds 1 samples by dataset.json, the index has 0" in problems
-    assert any("their keys differ" in problem for problem in problems)
-
-
 def test_too_many_rejected_videos_are_refused_with_what_to_do(tmp_path: Path) -> None:
     index = make_raw(tmp_path)
     strict = SETTINGS.model_copy(update={"max_bad_fraction": 0.02})
@@ -143,7 +102,7 @@ def test_too_many_rejected_videos_are_refused_with_what_to_do(tmp_path: Path) ->
     assert "gap (gap: frame 2 is missing; found 2 from 1 to 3)" in message
     assert "none (missing: no folder of that name: none)" in message
     assert message.endswith("accept them with --set shards.max_bad_fraction=0.223")
-    assert read_ledger(output_dir).num_rows == 9
+    assert pq.read_table(output_dir / "ledger.parquet").num_rows == 9
     assert not (output_dir / "dataset.json").exists()
 
 
@@ -160,19 +119,50 @@ def test_books_that_do_not_balance_are_refused(finished: tuple[Path, dict[str, A
         finish_shard_set(output_dir, index, plans, SETTINGS, "something_v1")
 
 
+def restamp(folder: Path) -> None:
+    """Make dataset.json vouch for the tables that lie in the folder now."""
+    info = read_dataset_info(folder)
+    files = {name: FileInfo(sha256=sha256_file(folder / name), bytes=(folder / name).stat().st_size) for name in info.files}
+    (folder / "dataset.json").write_bytes(dataset_json(info.model_copy(update={"files": files})))
+
+
 def test_reading_errors_say_what_to_do(shard_set: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is no finished shard set: it has no dataset\.json; run the shards stage"):
-        read_dataset_info(tmp_path)
-    with pytest.raises(DataError, match=r"index\.parquet is missing; run the shards stage again"):
-        read_index(tmp_path)
+    for read in (read_dataset_info, read_index, read_ledger):
+        with pytest.raises(DataError, match=r"is no finished shard set: it has no dataset\.json; run the shards stage"):
+            read(tmp_path)
     with pytest.raises(DataError, match="has no sample of split 'dev'; it has test, train, validation"):
         read_index(shard_set, "dev")
     shutil.copy(shard_set / "ledger.parquet", shard_set / "index.parquet")
+    with pytest.raises(DataError, match=r"index\.parquet has \d+ bytes, dataset\.json says \d+; run the shards stage again"):
+        read_index(shard_set)
+    restamp(shard_set)
     with pytest.raises(DataError, match=r"index\.parquet has columns \['video_id', .*; expected \['key', "):
         read_index(shard_set)
     (shard_set / "ledger.parquet").write_bytes(b"PAR1 nonsense")
+    restamp(shard_set)
     with pytest.raises(DataError, match=r"ledger\.parquet cannot be read"):
         read_ledger(shard_set)
+    (shard_set / "ledger.parquet").unlink()
+    with pytest.raises(DataError, match=r"ledger\.parquet is missing; run the shards stage again"):
+        read_ledger(shard_set)
+
+
+def test_a_changed_table_is_refused_before_it_is_parsed(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray((shard_set / "index.parquet").read_bytes())
+    data[len(data) // 2] ^= 1
+    (shard_set / "index.parquet").write_bytes(data)
+    monkeypatch.setattr(pq, "ParquetFile", lambda path: pytest.fail("parsed"))
+    with pytest.raises(DataError, match=r"index\.parquet has another SHA-256 than dataset\.json says; run"):
+        read_index(shard_set)
+
+
+def test_columns_can_be_chosen(shard_set: Path) -> None:
+    index, ledger = read_index(shard_set), read_ledger(shard_set)
+    assert read_index(shard_set, columns=["width", "key"]).equals(index.select(["width", "key"]))
+    assert read_ledger(str(shard_set), columns=["status"]).equals(ledger.select(["status"]))
+    train = index.filter(pc.field("split") == "train")
+    assert read_index(shard_set, "train").equals(train)
+    assert read_index(shard_set, "train", ["frame_crc32", "key"]).equals(train.select(["frame_crc32", "key"]))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +171,8 @@ def test_reading_errors_say_what_to_do(shard_set: Path, tmp_path: Path) -> None:
         ({"format_version": 3}, "has format version 3, this program reads 2"),
         ({"label_names": ["left", "right", "down"]}, "says label passport"),
         ({"surprise": 1}, "is damaged: surprise: Extra inputs are not permitted"),
+        ({"files": {}, "shards": {}, "counts": {"videos": True}}, "is not byte for byte as it was written"),
+        ({"shards": {"../a.tar": {"sha256": "", "bytes": 0, "samples": 0, "split": "train"}}}, r"lists shard '\.\./a\.tar'"),
         ({"shards": {"a.tar": {}}}, r"is damaged: shards\.a\.tar\.sha256: Field required"),
     ],
 )
@@ -200,7 +192,31 @@ def test_a_changed_dataset_json_is_refused(shard_set: Path) -> None:
         read_dataset_info(shard_set)
 
 
-def test_dataset_json_that_is_no_json(shard_set: Path) -> None:
-    (shard_set / "dataset.json").write_text("[1")
+def test_dataset_json_with_other_spaces_is_refused(shard_set: Path) -> None:
+    file = shard_set / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True))
+    with pytest.raises(DataError, match=r"is not byte for byte as it was written; it was changed or damaged"):
+        read_dataset_info(shard_set)
+
+
+@pytest.mark.parametrize("text", ["[1", "[1]", '{"format_version": NaN}', '{"format_version": 1e999}', "[" * 100_000, "\udcff"])
+def test_dataset_json_that_is_no_json(shard_set: Path, text: str) -> None:
+    (shard_set / "dataset.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"dataset\.json cannot be read: .*; run the shards stage again"):
         read_dataset_info(shard_set)
+
+
+def test_a_table_that_dataset_json_does_not_list(shard_set: Path) -> None:
+    info = read_dataset_info(shard_set)
+    (shard_set / "dataset.json").write_bytes(dataset_json(info.model_copy(update={"files": {}})))
+    with pytest.raises(DataError, match=r"dataset\.json does not list index\.parquet; run the shards stage again"):
+        read_index(shard_set)
+
+
+def test_a_store_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Folder, name: str) -> bytes:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(Folder, "read_bytes", fail)
+    with pytest.raises(DataError, match=r"s3://bucket/set/dataset\.json cannot be read: no route to host; check the disk or"):
+        read_dataset_info("s3://bucket/set")

@@ -187,7 +187,9 @@ def test_a_frame_that_cannot_be_read_stops_the_epoch_with_its_name(tiny_shard_di
         file.seek(int(video.frame_offsets[1]))
         file.write(b"GIF89a")
     loader = loader_of(split, train=False, num_workers=num_workers, num_segments=len(video.frame_sizes))
-    with pytest.raises(DataError, match=rf"frame 1 of video {video.key} in {tmp_path / video.shard} cannot be read: .*GIF8"):
+    with pytest.raises(
+        DataError, match=rf"frame 1 of video {video.key} in {tmp_path / video.shard} cannot be read: found bytes "
+    ):
         epoch_of(loader)
     assert loader_threads() == []
 

@@ -1,14 +1,24 @@
+import dataclasses
+import pickle
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import simplejpeg
 
 from infra.errors import DataError
+from infra.filesystems import Folder
 from preprocessing import reader
+from preprocessing.loader import make_loader
+from preprocessing.planning import PlannedVideo, ShardPlan, sample_key
 from preprocessing.reader import FrameReader, StoredVideo, open_shards
+from preprocessing.shards import ShardSettings, write_shard
+from preprocessing.sources import FolderSource
+from preprocessing.verify import verify_shards
 
 
 def pixels_of(height, width):
@@ -20,7 +30,20 @@ def pixels_of(height, width):
 def stored(folder, data, height, width):
     """A "shard" that holds nothing but one frame, and its index row."""
     (folder / "one.tar").write_bytes(data)
-    return StoredVideo("somebody", "one.tar", 0, height, width, np.array([0]), np.array([len(data)], np.int32))
+    crc32 = zlib.crc32(data)
+    return StoredVideo(
+        key="somebody",
+        shard="one.tar",
+        label=0,
+        height=height,
+        width=width,
+        sample_offset=0,
+        sample_bytes=len(data),
+        sample_crc32=crc32,
+        frame_offsets=np.array([0]),
+        frame_sizes=np.array([len(data)], np.int32),
+        frame_crc32=np.array([crc32], np.uint32),
+    )
 
 
 def test_a_split_tells_what_it_holds(tiny_shard_dir):
@@ -98,10 +121,135 @@ def test_a_broken_frame_is_named_with_its_video_and_shard(tmp_path, data, reason
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_frames_that_changed_are_not_decoded(tmp_path, monkeypatch):
+    video = stored(tmp_path, JPEG, 48, 64)
+    (tmp_path / "one.tar").write_bytes(JPEG[:-3] + b"\0" + JPEG[-2:])
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **kwargs: pytest.fail("decoded"))
+    with pytest.raises(
+        DataError, match=r"frame 0 of video somebody in .*one\.tar cannot .*: found bytes with checksum [0-9a-f]{8}, "
+    ):
+        FrameReader(tmp_path).read(video, 0)
+
+
+def test_whole_samples_are_read_and_checked(tiny_shard_dir, tmp_path):
+    shutil.copytree(tiny_shard_dir, tmp_path, dirs_exist_ok=True)
+    split = open_shards(tmp_path, "train")
+    video = split.video(3)
+    frames = FrameReader(split).read_sample(video)
+    data = (tmp_path / video.shard).read_bytes()
+    assert frames == [data[o:][:s] for o, s in zip(video.frame_offsets, video.frame_sizes, strict=True)]
+    for place, what in ((video.sample_offset, "the sample"), (int(video.frame_offsets[2]) + 5, "frame 2")):
+        changed = bytearray(data)
+        changed[place] ^= 16
+        (tmp_path / video.shard).write_bytes(changed)
+        with pytest.raises(
+            DataError, match=rf"^{what} of video {video.key} in .*{video.shard} cannot be read: found bytes with"
+        ):
+            FrameReader(split).read_sample(video)
+    outside = dataclasses.replace(video, frame_offsets=video.frame_offsets - 10_000)
+    with pytest.raises(DataError, match="the index says that a frame lies outside"):
+        FrameReader(split).read_sample(outside)
+
+
+def test_a_shard_that_is_replaced_after_opening_is_an_error(tiny_shard_dir, tmp_path):
+    shutil.copytree(tiny_shard_dir, tmp_path, dirs_exist_ok=True)
+    split = open_shards(tmp_path, "train")
+    video = split.video(0)
+    path = tmp_path / video.shard
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"x")
+    with pytest.raises(DataError, match=rf"the end in {path} cannot .* not zero, the first at byte {len(data) - 1}; list all"):
+        FrameReader(split).read(video, 0)
+    assert FrameReader(tmp_path).read(video, 0).shape == (20, 28, 3), "how a shard ends is known of a split only"
+    path.write_bytes(data[:-512])
+    with pytest.raises(DataError, match=rf"shard {path} has {len(data) - 512} bytes, dataset\.json says {len(data)}; run"):
+        FrameReader(split).read(video, 0)
+
+
+def test_an_index_with_holes_is_refused(tiny_shard_dir, monkeypatch):
+    table = reader.read_index(tiny_shard_dir, "train", reader._COLUMNS)
+    for name, values in (("width", [None] * 23), ("frame_crc32", [[1, None]] * 23)):
+        column = pa.array(values, table.schema.field(name).type)
+        holed = table.set_column(table.schema.get_field_index(name), name, column)
+        monkeypatch.setattr(reader, "read_index", lambda *_, holed=holed: holed)
+        with pytest.raises(
+            DataError, match=rf"index\.parquet has rows without {name} in split train; run the shards stage again"
+        ):
+            open_shards(tiny_shard_dir, "train")
+
+
+def test_a_video_is_what_its_row_of_the_index_says(tiny_shard_dir):
+    split = open_shards(tiny_shard_dir, "test")
+    for number, row in enumerate(split.table.to_pylist()):
+        video = dataclasses.asdict(split.video(number))
+        assert {name: value.tolist() if name.startswith("frame_") else value for name, value in video.items()} == row | {
+            "label": -1
+        }
+
+
+def test_a_split_can_be_pickled(tiny_shard_dir):
+    split = open_shards(tiny_shard_dir, "train")
+    size = len(pickle.dumps(split))
+    split.video(0)
+    assert len(pickle.dumps(split)) == size, "what is cached does not travel"
+    copy = pickle.loads(pickle.dumps(split))
+    assert (copy.path, copy.keys, copy.ends) == (split.path, split.keys, split.ends)
+    assert (FrameReader(copy).read(copy.video(4), 1) == FrameReader(split).read(split.video(4), 1)).all()
+
+
+def test_a_remote_shard_set_is_like_a_local_one(tiny_shard_dir, s3_url, monkeypatch):
+    remote = Folder(s3_url) / "some/set"
+    for path in tiny_shard_dir.iterdir():
+        remote.write_bytes(path.name, path.read_bytes())
+    here, there = open_shards(tiny_shard_dir, "train"), open_shards(str(remote), "train")
+    assert there.path == f"{s3_url}/some/set"
+    assert there.table.equals(here.table)
+    there = pickle.loads(pickle.dumps(there))
+    near, far = FrameReader(here), FrameReader(there)
+    assert far.read_sample(there.video(5)) == near.read_sample(here.video(5))
+    options = {"num_segments": 3, "batch_size": 8, "train": True, "seed": 1, "pixels": 16, "num_workers": 4}
+    for ours, theirs in zip(make_loader(here, **options), make_loader(there, **options), strict=True):
+        assert ours.keys == theirs.keys
+        assert bool((ours.clips == theirs.clips).all())
+    assert verify_shards(remote) == []
+
+    shard = there.video(0).shard
+    data = bytearray(remote.read_bytes(shard))
+    data[there.video(0).sample_offset + 20] ^= 1
+    remote.write_bytes(shard, data)
+    with pytest.raises(DataError, match=rf"the sample of video {there.video(0).key} in {remote}/{shard} cannot be read"):
+        FrameReader(there).read_sample(there.video(0))
+    assert [(problem.shard, problem.key) for problem in verify_shards(str(remote))] == [
+        (shard, ""),
+        (shard, there.video(0).key),
+        (shard, there.video(0).key),
+    ]
+    remote.delete(shard)
+    with pytest.raises(DataError, match=rf"shard {remote}/{shard} is missing"):
+        open_shards(remote, "train")
+
+
+def test_shards_are_written_to_a_bucket_and_from_one(s3_url, tmp_path):
+    for number in range(3):
+        (tmp_path / f"raw/v{number}").mkdir(parents=True)
+        for frame in (1, 2):
+            data = simplejpeg.encode_jpeg(np.full((16, 24, 3), 40 * number + frame, np.uint8))
+            (tmp_path / f"raw/v{number}/{frame:05d}.jpg").write_bytes(data)
+    videos = tuple(PlannedVideo(f"v{number}", sample_key(f"v{number}"), f"raw/v{number}", "frames", 0) for number in range(3))
+    plan, remote = ShardPlan("train-000000.tar", "train", videos), Folder(f"{s3_url}/written")
+    there = write_shard(plan, FolderSource(tmp_path), remote, ShardSettings())
+    (tmp_path / "shards").mkdir()
+    here = write_shard(plan, FolderSource(tmp_path), tmp_path / "shards", ShardSettings())
+    assert (there.num_kept, there.sha256) == (3, here.sha256)
+    assert remote.read_bytes(plan.name) == (tmp_path / "shards" / plan.name).read_bytes()
+    assert sorted(remote.list()) == ["train-000000.parquet", "train-000000.tar"]
+    assert write_shard(plan, FolderSource(tmp_path), remote, ShardSettings()).skipped
+
+
 def test_a_shard_that_vanishes_or_shrinks_after_opening_is_an_error(tmp_path):
     video = stored(tmp_path, JPEG, 48, 64)
     (tmp_path / "one.tar").write_bytes(JPEG[:-7])
-    with pytest.raises(DataError, match=rf"found {len(JPEG) - 7} bytes at byte 0, the index says {len(JPEG)}"):
+    with pytest.raises(DataError, match=rf"found a file of {len(JPEG) - 7} bytes, expected {len(JPEG)} bytes at byte 0"):
         FrameReader(tmp_path).read(video, 0)
     (tmp_path / "one.tar").unlink()
     with pytest.raises(DataError, match="No such file or directory"):

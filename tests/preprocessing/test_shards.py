@@ -5,8 +5,6 @@ import hashlib
 import io
 import json
 import os
-import random
-import re
 import resource
 import shutil
 import signal
@@ -20,16 +18,17 @@ import pyarrow as pa
 import pytest
 import simplejpeg
 import webdataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import DataError, PipelineError
 from preprocessing import sources
 from preprocessing.datasets import VIDEO_SCHEMA
 from preprocessing.decode import ffmpeg_path
-from preprocessing.planning import ShardPlan, plan_shards, sample_key
-from preprocessing.shards import SIDECAR_SCHEMA, ShardSettings, read_sidecar, read_tar, tar_header, write_shard
+from preprocessing.planning import ShardPlan, plan_shards
+from preprocessing.shards import SIDECAR_SCHEMA, ShardSettings, read_sidecar, write_shard
 from preprocessing.sources import FolderSource
+from preprocessing.tars import read_tar, tar_header
 
 SETTINGS = ShardSettings(videos_per_shard=4, timeout_seconds=30)
 
@@ -59,50 +58,6 @@ def make_shard(tmp_path: Path, ids: list[str]) -> tuple[ShardPlan, Path, Path]:
     output_dir.mkdir()
     assert len(plans) == 1
     return plans[0], tmp_path, output_dir
-
-
-ids_strategy = st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=40, unique=True)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(ids_strategy)
-def test_keys_are_safe_and_unique(ids: list[str]) -> None:
-    keys = [sample_key(video_id) for video_id in ids]
-    assert len(set(keys)) == len(ids)
-    for key in keys:
-        assert re.fullmatch(r"[A-Za-z0-9_]{1,40}-[0-9a-f]{16}", key)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(ids_strategy, st.integers(1, 10), st.integers(0, 3), st.randoms(use_true_random=False))
-def test_plan_is_a_pure_function_of_the_set_of_videos(ids: list[str], per_shard: int, seed: int, rng: random.Random) -> None:
-    chosen = ShardSettings(videos_per_shard=per_shard, seed=seed)
-    table = pa.concat_tables([videos_table(ids[::2], "train"), videos_table(ids[1::2], "test")])
-    plans = plan_shards(table, videos_per_shard=chosen.videos_per_shard, seed=chosen.seed)
-    assert sorted(video.video_id for plan in plans for video in plan.videos) == sorted(ids)
-    order = list(range(table.num_rows))
-    rng.shuffle(order)
-    assert plan_shards(table.take(order), videos_per_shard=chosen.videos_per_shard, seed=chosen.seed) == plans
-    for split in ("train", "test"):
-        mine = [plan for plan in plans if plan.split == split]
-        assert [plan.name for plan in mine] == [f"{split}-{index:06d}.tar" for index in range(len(mine))]
-        sizes = [len(plan.videos) for plan in mine]
-        assert all(0 < size <= per_shard for size in sizes)
-        assert not sizes or max(sizes) - min(sizes) <= 1
-
-
-def test_plan_shuffles_by_seed() -> None:
-    table = videos_table([str(number) for number in range(100)])
-    orders = [[video.video_id for video in plan_shards(table, videos_per_shard=256, seed=seed)[0].videos] for seed in (0, 1)]
-    assert orders[0] != orders[1]
-    assert orders[0] != sorted(orders[0])
-
-
-def test_plan_refuses_double_and_no_videos() -> None:
-    with pytest.raises(DataError, match="video 'a' is listed twice; expected each id once"):
-        plan_shards(videos_table(["a", "b", "a"]), videos_per_shard=SETTINGS.videos_per_shard, seed=SETTINGS.seed)
-    with pytest.raises(DataError, match="no video to write into shards"):
-        plan_shards(videos_table([]), videos_per_shard=SETTINGS.videos_per_shard, seed=SETTINGS.seed)
 
 
 def test_shard_holds_the_untouched_frames_where_the_sidecar_says(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class PageReader(HTMLParser):
         assert {name for name, _ in attrs} <= ALLOWED_ATTRIBUTES, attrs
         for name, value in attrs:
             if name == "src":
-                assert (value or "").startswith("data:image/png;base64,")
+                assert (value or "").startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
             if name == "href":
                 assert (value or "").startswith(("http://", "https://"))
 
