@@ -167,8 +167,7 @@ def train(
         text = f"loss {metrics.train_loss:.3f}{val}, {metrics.clips_per_second:.0f} clips/s"
         context.on_progress(metrics.epoch + 1, train.epochs, text)
 
-    start = "random weights" if model.weights is None else f"the weights in {model.weights}"
-    context.on_progress(0, train.epochs, f"epochs, from {start}; starting workers")
+    context.on_progress(0, train.epochs, f"epochs, from {model.start}; starting workers")
     result = train_on_cluster(job, storage_dir=context.output_dir, on_epoch=on_epoch)
     assert result.best is not None
     assert result.best_weights is not None
@@ -179,7 +178,7 @@ def train(
     context.run.log_file(draw_curves(context.output_dir / "figures" / "curves.png", history), "figures")
     context.run.log_file(context.output_dir / "model" / "model.json", "conf")
     best = result.best
-    text = f"{len(history)} epochs, best val top-1 {best.val_top1:.1%} in epoch {best.epoch + 1}; from {start}"
+    text = f"{len(history)} epochs, best val top-1 {best.val_top1:.1%} in epoch {best.epoch + 1}; from {model.start}"
     return {"best_epoch": best.epoch, "best_val_top1": best.val_top1, "epochs": len(history), "text": text}
 
 

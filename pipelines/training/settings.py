@@ -16,14 +16,16 @@ from infra.settings import Settings
 from models import (
     SLOTS,
     VideoClassifier,
-    create_model,
+    load_backbone_weights,
     load_published_weights,
     model_options,
     model_slots,
     parse_placement,
 )
+from models.factory import build_model as build_network
 
 _log = logging.getLogger(__name__)
+_NOT_OPTIONS = ("name", "weights", "backbone_weights", "backbone_sha256")
 
 
 class ModelSettings(Settings):
@@ -41,7 +43,10 @@ class ModelSettings(Settings):
         interleave: interleave channels after the shift, as published (D10); GSM and SA-GSM.
         dropout: probability of dropout before the classifier.
         input_format: `caffe_bgr` for the published ImageNet weights, otherwise `unit_rgb`.
-        weights: file of published weights; None initialises at random.
+        weights: file of published weights of the whole network; None leaves it as `backbone_weights` says.
+        backbone_weights: ImageNet weights of the backbone: a file, an https URL, or a name of `models.BACKBONE_SOURCES`; None
+            initialises at random.
+        backbone_sha256: the first 8 or more digits of that file's SHA-256; not needed for those of `models.BACKBONE_SOURCES`.
     """
 
     name: str = "sa_gsm_bn_inception"
@@ -54,6 +59,21 @@ class ModelSettings(Settings):
     dropout: float = Field(default=0.5, ge=0, lt=1)
     input_format: Literal["unit_rgb", "caffe_bgr"] = "unit_rgb"
     weights: Path | None = None
+    backbone_weights: str | None = None
+    backbone_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.weights is not None and self.backbone_weights is not None:
+            raise ValueError("weights and backbone_weights are both set; expected one, since weights fill the backbone too")
+        return self
+
+    @property
+    def start(self) -> str:
+        """Where training begins, in words."""
+        if self.weights is not None:
+            return f"the weights in {self.weights}"
+        return "random weights" if self.backbone_weights is None else f"the backbone weights {self.backbone_weights}"
 
     @field_validator("name")
     @classmethod
@@ -143,20 +163,21 @@ def build_model(settings: ModelSettings, num_classes: int, num_segments: int) ->
     """
     known = model_options(settings.name)
     for name, field in type(settings).model_fields.items():
-        if name not in (*known, "name", "weights") and getattr(settings, name) != field.default:
+        if name not in (*known, *_NOT_OPTIONS) and getattr(settings, name) != field.default:
             _log.warning("model.%s=%s is ignored: %s has no such option", name, getattr(settings, name), settings.name)
     options = {name: getattr(settings, name) for name in known}
     try:
-        model = create_model(settings.name, num_classes=num_classes, num_segments=num_segments, **options)
+        model = build_network(settings.name, num_classes=num_classes, num_segments=num_segments, **options)
     except ValueError as error:
         chosen = " ".join(f"model.{name}={value}" for name, value in options.items())
         raise ConfigError(f"{settings.name} cannot be made with {chosen}: {error}") from error
-    if settings.weights is None:
-        _log.info("%s starts from random weights, since model.weights is not set", settings.name)
-        return model
     try:
-        load_published_weights(model, settings.weights)
+        if settings.weights is not None:
+            load_published_weights(model, settings.weights)
+        elif settings.backbone_weights is not None:
+            load_backbone_weights(model, settings.backbone_weights, sha256_prefix=settings.backbone_sha256)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.weights={settings.weights} cannot be used: {error}") from error
-    _log.info("%s starts from the weights in %s", settings.name, settings.weights)
+        chosen = f"backbone_weights={settings.backbone_weights}" if settings.weights is None else f"weights={settings.weights}"
+        raise ConfigError(f"model.{chosen} cannot be used: {error}") from error
+    _log.info("%s starts from %s", settings.name, settings.start)
     return model

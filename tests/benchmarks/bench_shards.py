@@ -49,7 +49,8 @@ from preprocessing.tasks import write_shards
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SHORT_SIDE = 256
 QUALITY = 2
-COPIES = 32  # of the few frame folders, by hard links: enough work for a second
+FRAME_COPIES = 32  # of the few frame folders: enough work for some seconds
+VIDEO_COPIES = 2  # of the clips, so that the end of a round, when one worker waits, counts little
 CLIPS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".ts", ".wmv")
 
 
@@ -95,9 +96,12 @@ def cluster() -> Iterator[None]:
 def measure_videos(folder: Path, num_rounds: int) -> dict[str, Any]:
     """Video files to shards."""
     root = video_root(folder)
-    names = sorted(path.name for path in root.iterdir() if path.suffix in CLIPS)
-    rows = [{"video_id": name, "path": name, "kind": "video", "split": "train", "label": 0} for name in names]
-    settings = ShardSettings(short_side=SHORT_SIDE, jpeg_quality=QUALITY, videos_per_shard=max(1, len(names) // 12))
+    names = VIDEO_COPIES * sorted(path.name for path in root.iterdir() if path.suffix in CLIPS)
+    rows = [
+        {"video_id": f"{number}-{name}", "path": name, "kind": "video", "split": "train", "label": 0}
+        for number, name in enumerate(names)
+    ]
+    settings = ShardSettings(short_side=SHORT_SIDE, jpeg_quality=QUALITY, videos_per_shard=max(1, len(names) // 30))
     num_frames = ours(rows, root, settings, folder, max_in_flight=None)()
     paths = [root / name for name in names]
     contenders = {
@@ -168,12 +172,14 @@ def published(paths: Sequence[Path], folder: Path) -> None:
     """One ffmpeg with its default threads a video in turn, frames to files; then everything into one tar."""
     output = Path(tempfile.mkdtemp(dir=folder))
     scale = f"scale='if(gte(iw,ih),-2,{SHORT_SIDE})':'if(gte(iw,ih),{SHORT_SIDE},-2)'"
-    for path in paths:
-        frames = output / path.name
+    for number, path in enumerate(paths):
+        frames = output / f"{number}-{path.name}"
         frames.mkdir()
         arguments = ["-v", "quiet", "-nostdin", "-i", str(path), "-map", "0:V:0", "-vf", scale, "-fps_mode", "vfr"]
         subprocess.run([ffmpeg_path(), *arguments, "-q:v", str(QUALITY), str(frames / "%06d.jpg")], check=True)
-    subprocess.run(["tar", "-cf", str(output / "all.tar"), "-C", str(output), *(path.name for path in paths)], check=True)
+    subprocess.run(
+        ["tar", "-cf", str(output / "all.tar"), "-C", str(output), *sorted(path.name for path in output.iterdir())], check=True
+    )
     shutil.rmtree(output)
 
 
@@ -215,7 +221,7 @@ def video_root(folder: Path) -> Path:
 
 
 def frames_root(folder: Path) -> tuple[Path, list[str]]:
-    """Many frame folders: hard links to real ones, or to generated ones."""
+    """Many frame folders: copies of real ones, or of generated ones."""
     real = SHARED / "real_mini" / "something_v1"
     if not real.is_dir():
         real = folder / "generated_frames"
@@ -223,7 +229,7 @@ def frames_root(folder: Path) -> tuple[Path, list[str]]:
         generate(SyntheticSettings(num_train=60, num_validation=0, num_broken=0, height=100, max_width=132), real)
     table = index_videos(DatasetSettings(name="something_v1", root=real), real).videos
     root = folder / "frames"
-    for copy in range(COPIES):
+    for copy in range(FRAME_COPIES):
         for path in table["path"].to_pylist():
             target = root / f"{copy}-{Path(path).name}"
             shutil.copytree(real / path, target)

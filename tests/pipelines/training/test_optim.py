@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -90,7 +92,7 @@ def test_what_a_network_cannot_do_is_said(tmp_path, caplog):
         model = build_model(ModelSettings(name="tsn_bn_inception", placement="3a", dropout=0.25), 4, 2)
     assert model.dropout.p == 0.25
     assert "model.placement=3a is ignored: tsn_bn_inception has no such option" in caplog.text
-    assert "starts from random weights, since model.weights is not set" in caplog.text
+    assert "starts from random weights" in caplog.text
     assert "model.scope" not in caplog.text
     with pytest.raises(ConfigError, match=r"model\.weights=.*gone\.pth cannot be used"):
         build_model(ModelSettings(weights=tmp_path / "gone.pth"), 4, 2)
@@ -104,3 +106,20 @@ def test_published_weights_are_loaded(tmp_path, caplog):
         model = build_model(ModelSettings(name="tsn_bn_inception", weights=tmp_path / "weights.pth.tar"), 4, 2)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert "starts from the weights in" in caplog.text
+
+
+def test_backbone_weights_need_their_hash(tmp_path, caplog):
+    source = create_model("tsn_resnet18", num_classes=3, num_segments=2)
+    path = tmp_path / "backbone.pth"
+    torch.save(source.base_model.state_dict(), path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    chosen = ModelSettings(name="gsm_resnet18", backbone_weights=str(path), backbone_sha256=sha256[:16])
+    with caplog.at_level("INFO"):
+        model = build_model(chosen, 4, 2)
+    assert torch.equal(model.base_model.state_dict()["layer1.0.conv1.weight"], source.base_model.layer1[0].conv1.weight)
+    assert "starts from the backbone weights" in caplog.text
+    for wrong in (None, "0" * 8):
+        with pytest.raises(ConfigError, match=r"model\.backbone_weights=.* cannot be used"):
+            build_model(chosen.model_copy(update={"backbone_sha256": wrong}), 4, 2)
+    with pytest.raises(ValidationError, match="both set"):
+        ModelSettings(weights=path, backbone_weights=str(path))
