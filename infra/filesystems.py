@@ -27,6 +27,7 @@ from infra.errors import ConfigError, PipelineError
 from infra.storage import atomic_path
 
 _SCHEMES = ("s3", "gs")
+_MAX_NAME_BYTES = 255
 # Letters, digits, dots, "-" and "_" are all that S3 and Google allow; so no name, password or port gets into a bucket.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 # A request that gets no byte for so long is tried again, and so often in all.
@@ -49,6 +50,12 @@ class Entry:
 
 
 _Entries = list[Entry]  # inside the class, `list` is a method
+
+
+def file_name(path: str) -> str:
+    """The last part of a path in an archive or object store, as the name of a local copy; one that is too long gives way."""
+    name = Path(path).name
+    return name if len(name.encode()) <= _MAX_NAME_BYTES else f"video{Path(path).suffix[:16]}"
 
 
 class Folder:
@@ -131,7 +138,10 @@ class Folder:
         if self.local is not None:
             with os.scandir(self.local) as entries:
                 for entry in entries:
-                    status, is_folder = entry.stat(follow_symlinks=False), entry.is_dir()
+                    try:
+                        status, is_folder = entry.stat(), entry.is_dir()
+                    except OSError:  # a link that leads nowhere, or to itself
+                        status, is_folder = entry.stat(follow_symlinks=False), False
                     found.append(Entry(entry.name, is_folder, 0 if is_folder else status.st_size, status.st_mtime_ns))
         else:
             from pyarrow.fs import FileSelector, FileType
@@ -210,7 +220,7 @@ class Folder:
             yield self.local / name
             return
         with tempfile.TemporaryDirectory(prefix="sagsm-") as folder:
-            copy = Path(folder) / Path(name).name
+            copy = Path(folder) / file_name(name)
             self._copy(name, copy, upload=False)
             yield copy
 
@@ -229,7 +239,7 @@ class Folder:
                 yield temporary
             return
         with tempfile.TemporaryDirectory(prefix="sagsm-") as folder:
-            copy = Path(folder) / Path(name).name
+            copy = Path(folder) / file_name(name)
             yield copy
             try:
                 self._copy(name, copy, upload=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, PipelineError
 from infra.filesystems import Folder
 from infra.storage import write_json
 from pipelines.evaluation.metrics import wilson_interval
@@ -195,6 +195,8 @@ def _read(
     except VideoRejectedError as error:
         cut = error.reason == "timeout" and limit < settings.timeout_seconds
         return VideoRejectedError(_UNFINISHED, error.detail) if cut else error
+    except OSError as error:
+        raise PipelineError(f"{video.path} cannot be read: {error}; check the disk or network and try again") from error
 
 
 @dataclass(frozen=True)

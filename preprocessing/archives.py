@@ -11,6 +11,7 @@ they are aimed at a listed video that video is rejected.
 
 import json
 import tarfile
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -261,7 +262,7 @@ def _hostile_reason(name: str, member: tarfile.TarInfo) -> str:
         return "an absolute path"
     if ".." in name and ".." in name.split("/"):
         return "a path with '..'"
-    if not name.isprintable():
+    if not name.isprintable() and not all(char.isprintable() or unicodedata.category(char) == "Zs" for char in name):
         return "a name that is not printable UTF-8"
     if len(name) > _MAX_NAME_CHARS:
         return f"a name of more than {_MAX_NAME_CHARS} characters"

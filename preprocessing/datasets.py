@@ -360,7 +360,7 @@ DATASETS: dict[str, DatasetLayout] = {
     "diving48": DatasetLayout(
         annotation_files=DIVING_FILES,
         videos_dir="rgb",
-        archive="Diving48_rgb.tar*",
+        archive="Diving48_rgb.tar.gz",
         how_to_get=_DIVING_HOW.format("V2"),
         read=read_diving48_v2,
         kind="video",
@@ -369,7 +369,7 @@ DATASETS: dict[str, DatasetLayout] = {
     "diving48_v1": DatasetLayout(
         annotation_files=DIVING_V1_FILES,
         videos_dir="rgb",
-        archive="Diving48_rgb.tar*",
+        archive="Diving48_rgb.tar.gz",
         how_to_get=_DIVING_HOW.format("V1"),
         read=read_diving48_v1,
         kind="video",

@@ -57,8 +57,8 @@ class DecodeSettings(Settings):
     jpeg_quality: int = Field(default=2, ge=2, le=31)
     fps: float | None = Field(default=None, ge=0.01, le=1000)
     max_frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
-    max_seconds: float = Field(default=3600.0, gt=0)
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    max_seconds: float = Field(default=3600.0, gt=0, le=1e9)
+    timeout_seconds: float = Field(default=120.0, gt=0, le=1e6)
     max_video_bytes: int = Field(default=128 << 20, ge=1 << 16)
 
 

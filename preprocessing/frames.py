@@ -77,6 +77,8 @@ def read_frame_folder(path: Path, settings: DecodeSettings) -> DecodedVideo:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise VideoRejectedError("missing", "no folder can have so long a name") from error
+        if error.errno == errno.ELOOP:
+            raise VideoRejectedError("missing", f"a link that leads to itself: {path.name}") from error
         raise
     folder = str(path)
     most = settings.max_video_bytes

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from infra.errors import PipelineError
+from infra.filesystems import file_name
 from infra.storage import fsync_file
 from preprocessing.decode import DecodedVideo, DecodeSettings, VideoRejectedError, decode_video
 from preprocessing.frames import frames_from_files
@@ -152,7 +153,7 @@ class SpoolSource:
                 files = [(name, functools.partial(_read_content, file, path, *place)) for name, *place in found.files]
                 return frames_from_files(files, settings)
             with tempfile.TemporaryDirectory(prefix="sagsm-") as folder:
-                copy = Path(folder) / Path(video.path).name
+                copy = Path(folder) / file_name(video.path)
                 _copy_content(file, path, copy, *found.files[0][1:])
                 return decode_video(copy, settings, video.start, video.end)
 

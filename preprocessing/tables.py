@@ -67,6 +67,8 @@ class AnnotationTable:
         if column not in self.names:
             return pa.chunked_array([pa.nulls(self._table.num_rows, pa.float64())])
         values = self._table[column]
+        if pa.types.is_large_string(values.type):
+            values = values.cast(pa.string())
         if pa.types.is_string(values.type):
             self.refuse_where(pc.invert(pc.match_substring_regex(values, _SECONDS)), column, expected)
             values = pc.if_else(pc.equal(values, ""), None, values)
@@ -105,6 +107,7 @@ def read_table(root: Folder, name: str) -> AnnotationTable:
     if name.lower().endswith(".parquet"):
         try:
             table = pq.read_table(pa.BufferReader(data))
+            table.validate(full=True)  # text that is not UTF-8 is found here, and nowhere before
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{root}/{name} is no readable Parquet file: {error}; write it again") from error
         _check_columns(name, table.column_names)

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import fs
 
 from infra.errors import ConfigError, PipelineError
-from infra.filesystems import Folder
+from infra.filesystems import Folder, file_name
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -185,3 +185,16 @@ def test_an_endpoint_that_is_no_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "localhost:9000")
     with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL is 'localhost:9000'; expected http://host:port"):
         Folder("s3://bucket/x").list()
+
+
+def test_a_linked_file_has_the_size_of_what_it_leads_to(tmp_path):
+    (tmp_path / "big").write_bytes(bytes(1000))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link").symlink_to("../big")
+    (tmp_path / "set" / "loop").symlink_to("loop")
+    assert {entry.name: (entry.size, entry.is_folder) for entry in Folder(tmp_path / "set").entries()}["link"] == (1000, False)
+
+
+def test_names_that_are_too_long_for_a_disk_give_way():
+    assert file_name(f"clips/{'a' * 300}.mp4") == "video.mp4"
+    assert file_name("clips/a.mp4") == "a.mp4"

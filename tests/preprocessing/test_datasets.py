@@ -285,7 +285,7 @@ def test_published_archives_are_found_where_the_folder_is_missing(
 ) -> None:
     folder, parts, pattern = {
         "something_v1": (SOMETHING_DIR, [f"{SOMETHING_DIR}-aa", f"{SOMETHING_DIR}-ab"], f"{SOMETHING_DIR}-??"),
-        "diving48": ("rgb", ["Diving48_rgb.tar.gz"], "Diving48_rgb.tar*"),
+        "diving48": ("rgb", ["Diving48_rgb.tar.gz"], "Diving48_rgb.tar.gz"),
     }[settings.name]
     root = diving  # the same folder as that of the other fixture
     assert find_archive(settings, root) is None

@@ -141,3 +141,10 @@ def test_source_takes_nothing_outside_its_folder_and_no_times_of_frames(tmp_path
             assert caught.value.reason == reason, (path, kind)
     with pytest.raises(VideoRejectedError, match="no_times"):
         source.read(planned("7", start=1.0), "train-000000.tar", SETTINGS)
+
+
+def test_a_folder_that_is_a_link_to_itself_is_rejected(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(VideoRejectedError) as found:
+        read_frame_folder(tmp_path / "loop", DecodeSettings())
+    assert found.value.reason == "missing"
