@@ -168,8 +168,7 @@ def terminate_driver(process):
 def kill_one_worker(process):
     """SIGKILL of a Ray worker that is doing our work."""
     names = (
-        "ray::_write_shard",
-        "ray::write_shard",
+        "ray::_write",
         "ray::_run_trial",
         "ray::ImplicitFunc",
         "ray::RayTrainWorker",
