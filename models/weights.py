@@ -61,7 +61,9 @@ def named_tensors(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
         ValueError: if it holds other things than named tensors; the message names `source`.
     """
     nested = content.get("state_dict", content)
-    if not isinstance(nested, Mapping) or not all(isinstance(tensor, Tensor) for tensor in nested.values()):
+    if not isinstance(nested, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in nested.items()
+    ):
         raise ValueError(f"{source} holds other things than named tensors; expected a state dict, or one under 'state_dict'")
     return {name.removeprefix("module."): tensor for name, tensor in nested.items()}
 
@@ -113,7 +115,17 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             tensors: dict[str, Tensor] = load_file(path)
             return tensors
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # The last four: what the reader of pickles raises for bytes that are none.
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         cause = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as weights alone ({cause}); expected a .safetensors file or a state "

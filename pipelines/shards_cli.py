@@ -1,7 +1,8 @@
 """`sagsm shards verify | stats | heal | index`: looking at a shard set, mending it, making one out of tars made elsewhere."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from infra.errors import ConfigError, DataError, PipelineError
 
 shards_app = typer.Typer(
     help="Look at a shard set (a folder with dataset.json), mend it, or make one out of tars made elsewhere.",
@@ -28,11 +31,10 @@ def shards_verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
 
     Example: sagsm shards verify work/store/shards/0123456789abcdef
     """
-    from infra.errors import DataError
     from infra.progress import StageProgress
     from preprocessing.verify import verify_shards
 
-    with StageProgress() as progress:
+    with _system_errors_explained(), StageProgress() as progress:
         problems = [str(problem) for problem in verify_shards(_place(folder), progress.for_stage("verify"))]
     if as_json:
         _print_json({"problems": problems})
@@ -83,8 +85,8 @@ def shards_heal(
     from preprocessing.heal import heal_shards
 
     _require_root(root)
-    target = output or f"{folder.rstrip('/')}-healed"
-    with StageProgress() as progress:
+    target = output or _healed_beside(folder)
+    with _system_errors_explained(), StageProgress() as progress:
         on_progress = progress.for_stage("heal")
         report = heal_shards(_place(folder), _place(target), _writer(root, address, on_progress), on_progress)
     if as_json:
@@ -124,7 +126,7 @@ def shards_index(
     from preprocessing.foreign import index_foreign_tars, read_label_names
 
     names = read_label_names(labels) if labels else None
-    with StageProgress() as progress:
+    with _system_errors_explained(), StageProgress() as progress:
         counts = index_foreign_tars(
             tars,
             output,
@@ -145,14 +147,33 @@ def shards_index(
     print(f"next: sagsm shards stats {where}")
 
 
+@contextmanager
+def _system_errors_explained() -> Iterator[None]:
+    """A disk or network that fails is told in one sentence, as other errors that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        advice = "check the path, its permissions, the free space and the network, then run again"
+        raise PipelineError(f"{error}; {advice}") from error
+
+
+def _healed_beside(folder: str) -> str:
+    """The default place of the new set: beside the old one, never inside it and never in another bucket."""
+    if "://" not in folder:
+        path = Path(folder).resolve()
+        return str(path.with_name(f"{path.name}-healed"))
+    place = folder.rstrip("/")
+    if "/" not in place.partition("://")[2]:
+        raise ConfigError(f"{folder} is a whole bucket; say with --output where the new set goes")
+    return f"{place}-healed"
+
+
 def _place(folder: str) -> Any:
     """A path, or the URL of an object store as it is: `Path` would make one slash out of two."""
     return folder if "://" in folder else Path(folder)
 
 
 def _require_root(root: str) -> None:
-    from infra.errors import DataError
-
     if "://" not in root and not Path(root).is_dir():
         what = "is a file; archives must be unpacked first" if Path(root).exists() else "does not exist"
         raise DataError(f"--root {root} {what}; expected the folder of raw videos that the shard set was made from")
@@ -173,8 +194,6 @@ def _writer(root: str, address: str | None, on_progress: Any) -> Any:
 
 
 def _patterns(assignments: Sequence[str]) -> dict[str, list[str]] | None:
-    from infra.errors import ConfigError
-
     patterns: dict[str, list[str]] = {}
     for assignment in assignments:
         split, equals, pattern = assignment.partition("=")

@@ -171,7 +171,13 @@ def _sidecars(plans: ShardPlans, output: Folder) -> Iterator[tuple[pa.Table, Sha
         for position, name in enumerate(names):
             try:
                 yield ahead.popleft().result()
-            except DataError:
+            except DataError as error:
+                try:
+                    output.read_bytes(sidecar_name(name))  # its bytes arrive, so it is damaged and not just out of reach
+                except FileNotFoundError:
+                    raise error from None
+                except OSError as unreachable:
+                    raise PipelineError(f"{unreachable}; nothing was removed; run again") from error
                 output.delete(sidecar_name(name))
                 raise
             following = position + 2 * _SIDECAR_READERS

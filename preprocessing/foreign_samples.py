@@ -179,6 +179,9 @@ def _frame_columns(file: IO[bytes], frames: Sequence[ForeignMember]) -> dict[str
 def _span_columns(file: IO[bytes], members: Sequence[ForeignMember]) -> dict[str, Any]:
     """The sample's bytes in the tar, from its first header to its last padding."""
     begin, end = members[0].begin, members[-1].end
+    if end - begin > 2 * _MAX_SAMPLE_BYTES:  # a sample is read whole when it is verified
+        most = 2 * _MAX_SAMPLE_BYTES
+        raise VideoRejectedError("too_large", f"{end - begin} bytes with all its files; expected at most {most}")
     checksum = 0
     file.seek(begin)
     for position in range(begin, end, _CHUNK_BYTES):

@@ -199,17 +199,25 @@ def _damage(folder: Folder, name: str, shard: ShardInfo) -> str:
         return "missing"
     if num_bytes != shard.bytes:
         return f"{num_bytes} bytes instead of {shard.bytes}"
-    with folder.fetch(name) as path:
-        return "" if sha256_file(path) == shard.sha256 else "another SHA-256 than when it was written"
+    try:
+        with folder.fetch(name) as path:
+            return "" if sha256_file(path) == shard.sha256 else "another SHA-256 than when it was written"
+    except OSError as error:
+        if folder.local is None:  # the network, most likely, which is no reason to write the shard again
+            raise
+        return f"cannot be read ({error.strerror})"
 
 
 def _remove_if_damaged(name: str, split: str, target: Folder) -> None:
     """An earlier call may have left a link to a tar that was whole then; `write_shard` looks at its size only."""
     try:
-        _, commit = read_sidecar(target, sidecar_name(name))
+        rows, commit = read_sidecar(target, sidecar_name(name))
     except DataError:
         return
-    if _damage(target, name, ShardInfo(sha256=commit.tar_sha256, bytes=commit.tar_bytes, samples=0, split=split)):
+    # A video that an earlier call rejected may have been repaired since.
+    has_rejected = pc.any(pc.equal(rows["status"], "rejected")).as_py()
+    shard = ShardInfo(sha256=commit.tar_sha256, bytes=commit.tar_bytes, samples=0, split=split)
+    if has_rejected or _damage(target, name, shard):
         _remove(name, target)
 
 

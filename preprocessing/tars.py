@@ -129,7 +129,7 @@ def _parse_header(header: bytes, path: Path, position: int) -> TarMember:
     try:
         name = header[:100].rstrip(b"\0").decode("ascii")
         size = int(header[124:135], 8)
-        if header == tar_header(name, size) and _MEMBER_NAME.fullmatch(name):
+        if size >= 0 and header == tar_header(name, size) and _MEMBER_NAME.fullmatch(name):
             return TarMember(name, position + _BLOCK_BYTES, size)
     except ValueError:
         pass

@@ -222,3 +222,13 @@ def test_the_published_relation_head_gives_the_published_logits():
         error = (head(features)[0].double() - expected).norm() / expected.norm()
     print(f"trn_multiscale_head: relative error of the logits {error:.1e}")
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"a.", b"\x80\x02" + bytes(range(200))])
+def test_bytes_that_are_no_weights_are_told_as_such(tmp_path, content):
+    (tmp_path / "odd.pth").write_bytes(content)
+    model = create_model("tsn_resnet18", num_classes=2, num_segments=2)
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        load_published_weights(model, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="holds other things than named tensors"):
+        load_published_weights(model, {0: torch.zeros(1)})

@@ -178,6 +178,25 @@ def test_interrupted_healing_goes_on(broken_raw: Path, raw: Path, good: Path, tm
     assert tars(tmp_path / "new") == tars(good)
 
 
+def test_a_video_that_is_repaired_after_the_interruption_is_tried_again(
+    broken_raw: Path, raw: Path, good: Path, tmp_path: Path
+) -> None:
+    old = make_set(broken_raw, tmp_path / "old")
+
+    class KilledError(BaseException):
+        pass
+
+    def killed_after_all(plans: Sequence[ShardPlan], output: Folder, settings: ShardSettings) -> list[ShardReport]:
+        Writer(broken_raw)(plans, output, settings)
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        heal_shards(old, tmp_path / "new", killed_after_all)
+    report = heal_shards(old, tmp_path / "new", Writer(raw))
+    assert sorted(video.video_id for video in report.healed) == ["v03", "v10"]
+    assert tars(tmp_path / "new") == tars(good)
+
+
 def test_a_link_to_a_tar_that_rots_after_the_interruption_is_not_trusted(broken_raw: Path, raw: Path, tmp_path: Path) -> None:
     """Both names are one file on the disk, so the damage is in the new set too."""
     old = make_set(broken_raw, tmp_path / "old")

@@ -302,3 +302,9 @@ def test_tar_headers_are_those_of_the_standard_library(name: str, size: int) -> 
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.uname, info.gname = size, 0o444, "sagsm", "sagsm"
     assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_header_with_a_negative_size_is_no_header(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_header("a.json", -512) + bytes(1024))
+    with pytest.raises(DataError, match="no valid member header at byte 0"):
+        read_tar(tmp_path / "x.tar")
