@@ -10,6 +10,8 @@ import simplejpeg
 import torch
 from torch import nn
 
+from pipelines.training.checkpoint import State
+from pipelines.training.optim import build_optimizer
 from pipelines.training.settings import TrainSettings
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.finish import finish_shard_set
@@ -26,6 +28,7 @@ class TinyNet(nn.Module):
 
     def __init__(self, *, with_norm=True, dropout=0.5):
         super().__init__()
+        self.num_classes = NUM_CLASSES
         self.conv = nn.Conv2d(3, 8, 3)
         self.norm = nn.BatchNorm2d(8) if with_norm else nn.Identity()
         self.gamma = nn.Parameter(torch.zeros(1))
@@ -61,8 +64,16 @@ class MemoryLoader:
         colour = 100 * nn.functional.one_hot(self.labels, 3)[:, None, :, None, None]
         self.clips = (noise + colour).to(torch.uint8)
 
+        self.num_steps = -(-self.num_clips // (self.batch_size * self.world_size))
+
     def __len__(self):
-        return -(-self.num_clips // (self.batch_size * self.world_size))
+        return self.num_steps
+
+    def divide(self, num_steps):
+        self.num_steps = num_steps
+
+    def epoch_keys(self, epoch):
+        return [f"clip{row}" for row in range(self.num_clips)]
 
     def seek(self, epoch, step=0):
         self.epoch, self.step = epoch, step
@@ -87,6 +98,11 @@ def tiny_settings(**changes):
         "num_segments": 2,
     }
     return TrainSettings(**(arguments | changes))
+
+
+def tiny_state(model, settings=None):
+    """What training would make of the network: an optimiser, no average, no scaler."""
+    return State(model, build_optimizer(model, settings or tiny_settings()), None, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def make_tiny_net(**options):
