@@ -61,16 +61,18 @@ def plan(
     cpus: CpusOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the stages of an experiment: which are cached, which will run, and why. Runs nothing.
+    """Show the stages of an experiment: which are cached, which will run, and why; and how it will train. Runs nothing.
 
     With --estimate it also writes some of the videos for twenty seconds, throws them away, and forecasts what the shards take.
 
     Example: sagsm plan demo --set search.num_trials=6
     """
+    from pipelines.preview import preview, preview_text
     from pipelines.run import plan_experiment
 
     request = _request(experiment, set_, only, workdir, None)
     planned = plan_experiment(request)
+    training = preview(request.config, planned)
     forecast = _forecast(request, estimate, cpus)
     if as_json:
         rows = [
@@ -84,12 +86,13 @@ def plan(
             }
             for item in planned
         ]
-        _print_json({"stages": rows, **({"estimate": forecast[0]} if forecast else {})})
+        _print_json({"stages": rows, "training": training, **({"estimate": forecast[0]} if forecast else {})})
         return
     print(f"{'stage':<10}{'needs':<42}{'status':<8}why")
     for item in planned:
         status = "cached" if item.artifact else "run"
         print(f"{item.stage.name:<10}{', '.join(item.stage.needs) or '-':<42}{status:<8}{item.reason}".rstrip())
+    print(f"\n{preview_text(training)}")
     if forecast:
         print(f"\n{forecast[1]}")
 
@@ -233,11 +236,12 @@ def _forecast(request: Any, wanted: bool, cpus: list[int] | None) -> tuple[dict[
 
 
 def _request(experiment: str, set_: list[str] | None, only: str | None, workdir: Path, address: str | None) -> Any:
-    from infra.settings import apply_overrides, parse_assignments
+    from infra.settings import parse_assignments
     from pipelines.experiments import find_experiment
+    from pipelines.experiments.presets import apply_preset
     from pipelines.run import Request
 
-    config = apply_overrides(find_experiment(experiment)(), parse_assignments(set_ or []))
+    config = apply_preset(find_experiment(experiment)(), parse_assignments(set_ or []))
     return Request(experiment, config, workdir.absolute(), address, only)
 
 

@@ -1,5 +1,7 @@
 """The settings of a whole experiment: one section for each part, declared beside the code that it configures."""
 
+from typing import Literal
+
 from infra.settings import Settings
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.training.settings import ModelSettings, TrainSettings
@@ -9,8 +11,12 @@ from tuning.space import SearchSettings
 
 
 class ExperimentConfig(Settings):
-    """All settings of an experiment; `sagsm run NAME --set section.name=value` changes one."""
+    """All settings of an experiment; `sagsm run NAME --set section.name=value` changes one.
 
+    `preset` only names what `pipelines.experiments.presets` has applied; no stage reads it.
+    """
+
+    preset: Literal["fixed", "paper", "seed_code", "gsm"] = "fixed"
     dataset: DatasetSettings
     shards: ShardSettings = ShardSettings()
     search: SearchSettings = SearchSettings()

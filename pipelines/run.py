@@ -103,7 +103,7 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         pipeline = tracker.start_run(
             tracker.next_name("p", request.experiment),
             parent=None,
-            tags={"stage": "pipeline", "experiment": request.experiment},
+            tags={"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset},
         )
         pipeline.log_text(config_yaml(request.config), "conf/config.yaml")
         results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), lambda result: _say(progress, result))
@@ -123,7 +123,7 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                 return finished
             run_file = output_dir.with_suffix(".run")
             tags = {"stage": stage.name, "fingerprint": item.fingerprint, "experiment": request.experiment}
-            tags["pipeline"] = pipeline.name
+            tags |= {"pipeline": pipeline.name, "preset": request.config.preset}
             resumed = json.loads(run_file.read_bytes())["run_id"] if run_file.exists() else None
             with tracker.start_run(
                 f"{stage.name} {pipeline.name.split()[0]}", parent=pipeline.run_id, tags=tags, resume_id=resumed

@@ -123,12 +123,7 @@ class Loader:
 
     def __post_init__(self) -> None:
         self._check_settings()
-        self._num_steps = -(-self.num_clips // (self.batch_size * self.world_size))
-        if self.num_clips // self._num_steps < self.world_size:
-            raise ConfigError(
-                f"{self.num_clips} clips in {self._num_steps} steps do not give each of {self.world_size} workers a clip in "
-                "each step; use fewer workers, a larger batch_size or more videos"
-            )
+        self.divide(-(-self.num_clips // (self.batch_size * self.world_size)))
         if self.train:
             self._check_labels()
         self._mirror = mirror_labels(self.shards.label_names)
@@ -155,6 +150,19 @@ class Loader:
         if epoch < 0 or not 0 <= step <= self._num_steps:
             raise ConfigError(f"cannot go to epoch {epoch}, step {step}; expected epoch >= 0 and step 0 to {self._num_steps}")
         self._epoch, self._step = epoch, step
+
+    def divide(self, num_steps: int) -> None:
+        """Divide each epoch into so many steps, whatever `batch_size` says: those of a training that other ranks began.
+
+        Raises:
+            ConfigError: if there are too few clips to give each rank one in each step.
+        """
+        if self.num_clips // num_steps < self.world_size:
+            raise ConfigError(
+                f"{self.num_clips} clips in {num_steps} steps do not give each of {self.world_size} workers a clip in "
+                "each step; use fewer workers, a larger batch_size or more videos"
+            )
+        self._num_steps = num_steps
 
     def epoch_keys(self, epoch: int) -> list[str]:
         """The keys of an epoch's clips in their order over all ranks: step by step, and within a step rank by rank."""

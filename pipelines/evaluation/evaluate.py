@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from models.classifier import VideoClassifier
+    from pipelines.training.precision import Precision
     from preprocessing.loader import Batch
 
 
@@ -89,7 +90,7 @@ def score_clips(
     model: "VideoClassifier",
     loader: Batches,
     device: "torch.device",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: "Precision" = "fp32",
     on_progress: OnProgress | None = None,
 ) -> Scores:
     """Run a network over one epoch of a loader.
@@ -98,7 +99,7 @@ def score_clips(
         model: on `device`; it is put in evaluation mode for the time being.
         loader: with train=False.
         device: where to compute.
-        precision: "bf16" computes convolutions in bfloat16.
+        precision: the type in which convolutions are computed.
         on_progress: told after each batch.
 
     Raises:
@@ -106,13 +107,15 @@ def score_clips(
     """
     import torch
 
+    from pipelines.training.precision import autocast
+
     keys: list[str] = []
     labels, logits = [], []
     started = monotonic()
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.inference_mode(), autocast(precision, device):
             for done, batch in enumerate(loader, start=1):
                 logits.append(model(model.prepare(batch.clips.to(device, non_blocking=True))).float().cpu())
                 labels.append(batch.labels)

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and are checked before use.
 
     <folder>/step-00000123/weights.safetensors   the network
-                           optimizer.pt          the optimiser's state, loaded with weights_only=True
-                           manifest.json         written last: all else that is needed to go on, and the hashes of the two
+                           average.safetensors   the average of its weights, if training keeps one
+                           optimizer.pt          the state of optimiser and loss scaler, loaded with weights_only=True
+                           manifest.json         written last: all else that is needed to go on, and the hashes of the others
     <folder>/damaged-step-00000123-1a2b3c4d/     set aside when its hashes did not fit
 
 A checkpoint is written under a temporary name, flushed and renamed; nothing is ever written over an old one (torch's own
@@ -10,49 +11,76 @@ distributed checkpoints do, and can lose both). The manifest carries its own has
 Random states are not stored: each step draws from a generator that is seeded by its number (see loop.py).
 """
 
+import io
 import json
 import logging
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from infra.errors import ConfigError, DataError, PipelineError
 from infra.storage import fsync_dir, fsync_file, require_free_space, sha256_file, sha256_json, write_json
 from pipelines.training.metrics import EpochMetrics, best_epoch
+from preprocessing.clip_ledger import ClipLedger
 
-FORMAT_VERSION = 1
-WEIGHTS, OPTIMIZER, MANIFEST = "weights.safetensors", "optimizer.pt", "manifest.json"
+FORMAT_VERSION = 2
+WEIGHTS, AVERAGE, OPTIMIZER, MANIFEST = "weights.safetensors", "average.safetensors", "optimizer.pt", "manifest.json"
+FILES = (WEIGHTS, AVERAGE, OPTIMIZER, MANIFEST)
 _NUM_LATEST_KEPT = 2  # the newest may be torn, so that there must be another
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class State:
+    """All that a training step changes.
+
+    Attributes:
+        model: the network, not wrapped for distributed training.
+        optimizer: its optimiser.
+        average: the moving average of its weights; None if training keeps none.
+        scaler: of the loss; disabled but in fp16.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    scaler: torch.amp.GradScaler
+
+
+@dataclass(frozen=True)
 class Progress:
-    """How far a training is; with weights and optimiser, all that is needed to go on.
+    """How far a training is; with its `State`, all that is needed to go on.
 
     Attributes:
         epoch: the epoch that is under way, from 0.
         step_in_epoch: how many of its steps are done.
         global_step: optimiser steps done since the start.
+        steps_per_epoch: of the training as it was begun; another number of workers keeps it, and so the effective batch.
         seconds: spent so far in this epoch's training steps.
+        waited: of these, spent waiting for batches.
         sums: of this epoch so far, four for each rank (see `metrics.Sums`); empty at an epoch's start.
+        ledger: of the clips that all ranks have shown in this epoch so far.
         history: the epochs that are done.
     """
 
     epoch: int = 0
     step_in_epoch: int = 0
     global_step: int = 0
+    steps_per_epoch: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     sums: list[list[float]] = field(default_factory=list)
+    ledger: ClipLedger = field(default_factory=ClipLedger)
     history: list[EpochMetrics] = field(default_factory=list)
 
 
@@ -63,10 +91,26 @@ class Checkpoint:
     path: Path
     progress: Progress
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights and optimiser state into `model` and `optimizer`, on the devices where they are."""
-        model.load_state_dict(load_file(self.path / WEIGHTS))
-        optimizer.load_state_dict(torch.load(self.path / OPTIMIZER, map_location="cpu", weights_only=True))
+    def read(self) -> dict[str, bytes]:
+        """Its files by name, for `restore`, here or in another process."""
+        return {name: (self.path / name).read_bytes() for name in FILES if (self.path / name).is_file()}
+
+
+def restore(files: Mapping[str, bytes], state: State) -> Progress:
+    """Put what `Checkpoint.read` gave into `state`, on the devices where its tensors are.
+
+    Raises:
+        RuntimeError: if they are of another network.
+    """
+    progress = _progress_of(json.loads(files[MANIFEST]))
+    state.model.load_state_dict(safetensors.torch.load(files[WEIGHTS]))
+    stored = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
+    state.optimizer.load_state_dict(stored["optimizer"])
+    state.scaler.load_state_dict(stored["scaler"])
+    if state.average is not None:
+        state.average.module.load_state_dict(safetensors.torch.load(files[AVERAGE]))
+        state.average.n_averaged.fill_(progress.global_step)
+    return progress
 
 
 def checkpoint_path(folder: Path, global_step: int) -> Path:
@@ -74,15 +118,12 @@ def checkpoint_path(folder: Path, global_step: int) -> Path:
     return folder / f"step-{global_step:08d}"
 
 
-def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: Mapping[str, Any]
-) -> Path:
+def save(folder: Path, state: State, progress: Progress, identity: Mapping[str, Any]) -> Path:
     """Write a checkpoint.
 
     Args:
         folder: of all checkpoints of this training; made if it is missing.
-        model: the network, not wrapped for distributed training.
-        optimizer: its optimiser.
+        state: what to write.
         progress: how far training is.
         identity: JSON of all that a training must agree on to go on from here: settings, label passport, tensors.
 
@@ -94,15 +135,18 @@ def save(
     """
     path = checkpoint_path(folder, progress.global_step)
     temporary = folder / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    networks = {WEIGHTS: state.model, **({} if state.average is None else {AVERAGE: state.average.module})}
     try:
         temporary.mkdir(parents=True)
-        require_free_space(folder, 2 * sum(tensor.nbytes for tensor in weights.values()), "a checkpoint")
-        save_file(weights, temporary / WEIGHTS)
-        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
-        for name in (WEIGHTS, OPTIMIZER):
+        num_bytes = sum(tensor.nbytes for network in networks.values() for tensor in network.state_dict().values())
+        require_free_space(folder, 2 * num_bytes, "a checkpoint")
+        for name, network in networks.items():
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+            safetensors.torch.save_file(tensors, temporary / name)
+        torch.save({"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}, temporary / OPTIMIZER)
+        for name in (*networks, OPTIMIZER):
             fsync_file(temporary / name)
-        write_json(temporary / MANIFEST, _make_manifest(temporary, progress, identity))
+        write_json(temporary / MANIFEST, _make_manifest(temporary, (*networks, OPTIMIZER), progress, identity))
         temporary.rename(path)
         fsync_dir(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -189,24 +233,24 @@ def read_history(folder: Path) -> list[EpochMetrics]:
     return []
 
 
-def _make_manifest(folder: Path, progress: Progress, identity: Mapping[str, Any]) -> dict[str, Any]:
+def _make_manifest(folder: Path, files: Sequence[str], progress: Progress, identity: Mapping[str, Any]) -> dict[str, Any]:
     best = best_epoch(progress.history)
     manifest = {
         "format_version": FORMAT_VERSION,
         "epoch": progress.epoch,
         "step_in_epoch": progress.step_in_epoch,
         "global_step": progress.global_step,
+        "steps_per_epoch": progress.steps_per_epoch,
         "seconds": progress.seconds,
+        "waited": progress.waited,
         "sums": progress.sums,
+        "ledger": str(progress.ledger),
         "history": [epoch.to_json() for epoch in progress.history],
         "best": best.to_json() if best else None,
         "identity": dict(identity),
         "fingerprint": sha256_json(identity),
         "label_passport": identity.get("label_passport"),
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-            for name in (WEIGHTS, OPTIMIZER)
-        },
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in files},
     }
     return {**manifest, "sha256": sha256_json(manifest)}
 
@@ -233,8 +277,11 @@ def _progress_of(manifest: Mapping[str, Any]) -> Progress:
         epoch=manifest["epoch"],
         step_in_epoch=manifest["step_in_epoch"],
         global_step=manifest["global_step"],
+        steps_per_epoch=manifest["steps_per_epoch"],
         seconds=manifest["seconds"],
+        waited=manifest["waited"],
         sums=manifest["sums"],
+        ledger=ClipLedger.parse(manifest["ledger"]),
         history=[EpochMetrics(**epoch) for epoch in manifest["history"]],
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from infra.errors import DataError
 from infra.settings import Settings, apply_overrides
 from infra.storage import atomic_path, sha256_file, sha256_json, write_json
-from pipelines.training.metrics import EpochMetrics
+from pipelines.training.metrics import EpochMetrics, StepStatus
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from preprocessing.loader import Loader, make_loader
 from preprocessing.reader import ShardSplit, open_shards
@@ -68,6 +68,8 @@ def train_job(
     rank: int = 0,
     world_size: int = 1,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
+    on_step: Callable[[StepStatus], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> "TrainResult":
     """Open the shards, build the network and the loaders of this rank, and train; see `loop.train` for arguments and errors."""
     import torch
@@ -84,6 +86,8 @@ def train_job(
         checkpoint_dir=checkpoint_dir,
         device=device,
         on_epoch=on_epoch,
+        on_step=on_step,
+        should_stop=should_stop,
         identity={
             "model": job.model.model_dump(mode="json"),
             "label_passport": train_split.label_passport,
@@ -146,7 +150,7 @@ def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings"
     import torch
 
     from pipelines.evaluation.evaluate import score_clips
-    from pipelines.training.loop import resolve_precision
+    from pipelines.training.precision import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, train, facts = load_model(model_dir)
@@ -172,12 +176,13 @@ def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings"
 
 
 def _loader(job: TrainJob, shards: ShardSplit, *, is_train: bool, rank: int, world_size: int) -> Loader:
+    """A batch is a rank's part of an optimiser step, or some of its validation clips."""
     settings = job.train
     return make_loader(
         shards,
         num_segments=settings.num_segments,
-        batch_size=settings.batch_size,
-        train=is_train,
+        batch_size=settings.batch_size * (settings.accumulation if is_train else 1),
+        train=is_train or settings.compat.val_protocol == "seed_code",
         seed=settings.seed,
         num_workers=settings.loader_threads,
         pixels=settings.pixels,

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from preprocessing.clip_ledger import ClipLedger
+
 TOP5 = 5
 
 
@@ -75,14 +77,22 @@ class EpochMetrics:
         epoch: from 0.
         step: optimiser updates since the start of training, after this epoch.
         train_loss: mean over the epoch's clips of the loss that was optimised, each as it was when its clip was shown.
-        train_top1: fraction, measured likewise.
+        train_top1: fraction, measured likewise; with mixup or cutmix against the label of the clip that was mixed into.
         val_loss: mean cross-entropy over the validation clips, without label smoothing; None if the epoch was not validated.
         val_top1: fraction; None if the epoch was not validated.
         val_top5: fraction; None if the epoch was not validated.
         learning_rate: of the epoch's last step.
+        effective_batch: mean number of clips of a step, over all workers and micro batches (D14).
+        world_size: workers at the epoch's end.
         seconds: of training and validation.
         clips_per_second: training clips of all workers over the seconds of training.
+        data_wait: share of these seconds that rank 0 spent waiting for batches.
+        peak_memory_bytes: the most main memory that rank 0's process has had so far.
+        ledger: which clips were shown, as a `ClipLedger` prints itself; equal in two runs that showed the same clips.
         gammas: strength of attention by slot.
+        gates: `<slot>_weight_norm` of the gates' kernels and, if the epoch was validated, `<slot>_mean_abs` of their output
+            over the first validation batch.
+        dead_gates: gammas and gates that are not trained, with the reason; not empty is a defect.
     """
 
     epoch: int
@@ -93,28 +103,68 @@ class EpochMetrics:
     val_top1: float | None
     val_top5: float | None
     learning_rate: float
+    effective_batch: float
+    world_size: int
     seconds: float
     clips_per_second: float
+    data_wait: float
+    peak_memory_bytes: int
+    ledger: str
     gammas: dict[str, float] = field(default_factory=dict)
+    gates: dict[str, float] = field(default_factory=dict)
+    dead_gates: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, float]:
-        """Names as MLflow shows them: `train/loss`, `val/top1`, `gamma/3a`; without what was not measured."""
+        """Names as MLflow shows them: `train/loss`, `val/top1`, `gamma/3a`; without what was not measured.
+
+        `train/ledger` is the ledger's upper 52 bits, which a float holds exactly.
+        """
         named = {
             "train/loss": self.train_loss,
             "train/top1": self.train_top1,
             "train/lr": self.learning_rate,
+            "train/effective_batch": self.effective_batch,
+            "train/workers": self.world_size,
             "train/clips_per_second": self.clips_per_second,
             "train/epoch_seconds": self.seconds,
+            "train/data_wait": self.data_wait,
+            "train/peak_memory_bytes": self.peak_memory_bytes,
+            "train/ledger": float(ClipLedger.parse(self.ledger).total >> 76),
+            "train/dead_gates": len(self.dead_gates),
             "val/loss": self.val_loss,
             "val/top1": self.val_top1,
             "val/top5": self.val_top5,
             **{f"gamma/{slot}": gamma for slot, gamma in self.gammas.items()},
+            **{f"gate/{name}": value for name, value in self.gates.items()},
         }
         return {name: value for name, value in named.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data from which `EpochMetrics(**data)` makes an equal value."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """How far a training is after a step.
+
+    Attributes:
+        epoch: the epoch that is under way, from 0.
+        step_in_epoch: how many of its steps are done, at least 1.
+        steps_per_epoch: how many it has.
+        epochs: how many epochs the training has.
+        loss: mean over rank 0's clips of this step.
+        clips_per_second: of all ranks, in this epoch, since training was begun or resumed.
+        data_wait: share of this epoch's time that was spent waiting for batches.
+    """
+
+    epoch: int
+    step_in_epoch: int
+    steps_per_epoch: int
+    epochs: int
+    loss: float
+    clips_per_second: float
+    data_wait: float
 
 
 def best_epoch(history: list[EpochMetrics]) -> EpochMetrics | None:

@@ -30,14 +30,15 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SG
     """
     roles = {role: names for role, names in parameter_roles(model).items() if names}
     check_groups(model, roles)
-    multipliers = {"bias": settings.bias_multiplier, "gamma": settings.gamma_multiplier}
+    ignored = settings.compat.ignore_multipliers
+    multipliers = {} if ignored else {"bias": settings.bias_multiplier, "gamma": settings.gamma_multiplier}
     parameters = dict(model.named_parameters())
     groups = [
         {
             "params": [(name, parameters[name]) for name in names],
             "role": role,
             "multiplier": multipliers.get(role, 1.0),
-            "weight_decay": settings.weight_decay if role in ("weight", "gate") else 0.0,
+            "weight_decay": settings.weight_decay if ignored or role in ("weight", "gate") else 0.0,
         }
         for role, names in roles.items()
     ]
@@ -74,18 +75,23 @@ def check_groups(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> None:
 def learning_rate_at(step: int, steps_per_epoch: int, settings: TrainSettings) -> float:
     """The learning rate of the optimiser step with this number, before multipliers.
 
-    Linear from a tenth of the peak to the peak over `warmup_epochs`, then half a cosine down to 0 at the end of training.
+    Linear from a tenth of the peak to the peak over `warmup_epochs`, then half a cosine down to 0 at the end of training, or,
+    with restarts, at the end of each period.
 
     Args:
         step: from 0 to `epochs * steps_per_epoch`.
         steps_per_epoch: optimiser steps an epoch, at least 1.
-        settings: gives `learning_rate`, `warmup_epochs` and `epochs`.
+        settings: gives `learning_rate`, `warmup_epochs`, `epochs`, the schedule and whether it goes by epoch.
     """
-    epochs = step / steps_per_epoch
+    epochs = step // steps_per_epoch if settings.compat.lr_by_epoch else step / steps_per_epoch
     if epochs < settings.warmup_epochs:
         return settings.learning_rate * (_WARMUP_START + (1 - _WARMUP_START) * epochs / settings.warmup_epochs)
-    done = (epochs - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    done, period = epochs - settings.warmup_epochs, settings.epochs - settings.warmup_epochs
+    if settings.schedule == "sgdr":
+        period = settings.sgdr_period_epochs
+        while done >= period:
+            done, period = done - period, period * settings.sgdr_growth
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (done / period)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

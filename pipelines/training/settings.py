@@ -24,6 +24,8 @@ from models import (
 )
 from models.factory import build_model as build_network
 
+MIN_SGDR_PERIOD = 0.1  # epochs
+
 _log = logging.getLogger(__name__)
 _NOT_OPTIONS = ("name", "weights", "backbone_weights", "backbone_sha256")
 
@@ -88,49 +90,96 @@ class ModelSettings(Settings):
         return str(parse_placement(placement, slots or SLOTS))
 
 
+class CompatSettings(Settings):
+    """What the published training does and ours does not, each to be switched on alone (PAPER_NOTES.md); all off by default.
+
+    Attributes:
+        freeze_gamma: gammas keep their value, as in the published code, whose optimiser does not know them (D1). Where that is
+            0, attention changes nothing and its other weights are frozen too. There the stale gradient of gamma still entered
+            the clipping; here it does not.
+        ignore_multipliers: one learning rate and one weight decay for all tensors (D13).
+        clip_each_micro_batch: clip the gradient after each micro batch, not once before the step (D15).
+        lr_by_epoch: the rate of an epoch's first step is that of all its steps.
+        logged_loss: the training loss that is reported is the mean, over micro batches, of what its step has accumulated so
+            far: 0.75 of the truth with two micro batches a step (D5).
+        val_protocol: `seed_code` validates on training crops, training flips, random segments and pixels that are not
+            normalised (D3); `standard` on the centre.
+    """
+
+    freeze_gamma: bool = False
+    ignore_multipliers: bool = False
+    clip_each_micro_batch: bool = False
+    lr_by_epoch: bool = False
+    logged_loss: bool = False
+    val_protocol: Literal["standard", "seed_code"] = "standard"
+
+
 class TrainSettings(Settings):
     """How a network is trained.
 
     Attributes:
         epochs: passes over the training clips.
-        batch_size: clips a worker and step; the effective batch is this times the number of workers.
+        batch_size: clips of a micro batch, that is, of a worker's forward and backward pass (D14).
+        accumulation: micro batches of each worker in an optimiser step; the effective batch is batch_size * accumulation *
+            workers. It is kept when a training goes on with another number of workers.
         learning_rate: peak of the schedule.
         momentum: of SGD (Nesterov is not used).
         weight_decay: on weights of convolutions and linear layers only.
         warmup_epochs: length of the linear warm-up, which starts at a tenth of the peak; below `epochs`.
-        schedule: `warmup_cosine`, by step, ends at 0.
+        schedule: by step; `warmup_cosine` falls to 0 at the end of training, `sgdr` at the end of each period, after which it
+            starts again at the peak (Loshchilov, Hutter, ICLR 2017, https://arxiv.org/abs/1608.03983).
+        sgdr_period_epochs: T_0, length of the first period.
+        sgdr_growth: T_mult, by which each period is longer than the one before.
         gradient_clip: largest norm of the whole gradient.
         label_smoothing: share of the target that is spread over all classes.
+        mixup_alpha: of the Beta distribution that mixes each clip with its neighbour in the micro batch; 0 does not.
+        cutmix_alpha: likewise for pasting a window of the neighbour; with both, one of the two is drawn for each micro batch.
         bias_multiplier: learning rate of biases, as a multiple.
         gamma_multiplier: learning rate of attention's gammas, as a multiple; they have no decay.
+        ema_decay: d of the average of weights, average <- d * average + (1 - d) * weights after each step, which is then what
+            is validated and kept as the best weights; None keeps no average.
+        batch_norm: `train` normalises by the statistics of each worker's micro batch; `sync` by those of all workers (GPUs
+            only); `partial` freezes all norms but the first and those of gates (TSN); `frozen` freezes all.
+        precise_bn_batches: training batches from which the statistics of norms are measured anew before each validation; 0
+            leaves them as training's moving averages.
         flip: `swap` mirrors half of the clips and swaps left/right labels, `naive` does not swap, `none` does not mirror (D7).
         pixels: height and width of the crops.
         num_segments: T, frames taken from each video; the only place where it is set (D27).
-        precision: `bf16` computes convolutions in bfloat16 over fp32 weights; `auto` takes it where the hardware has it.
+        precision: `bf16` and `fp16` compute convolutions in that type over fp32 weights, `fp16` with a scaled loss; `auto` is
+            bf16 where the hardware has it, else fp32.
         seed: of the initial weights, the order of clips, the random draws of preprocessing and dropout.
         num_workers: Ray Train workers; 0 means one a GPU, or one without GPUs.
         loader_threads: threads of each worker that read and decode.
         checkpoint_every_steps: steps between checkpoints; 0 writes one at each epoch's end only (which is always written).
         max_failures: how many lost workers a run survives.
         validate_every_epochs: the last epoch is always validated.
-        subset: train on this many clips only; None for all.
+        subset: train on this many clips only, the first of the index; None for all.
+        compat: what the published code does otherwise.
     """
 
     epochs: int = Field(default=60, ge=1)
     batch_size: int = Field(default=16, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=0.01, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     warmup_epochs: float = Field(default=10.0, ge=0)
-    schedule: Literal["warmup_cosine"] = "warmup_cosine"
+    schedule: Literal["warmup_cosine", "sgdr"] = "warmup_cosine"
+    sgdr_period_epochs: float = Field(default=5.0, ge=MIN_SGDR_PERIOD)
+    sgdr_growth: float = Field(default=2.0, ge=1)
     gradient_clip: float = Field(default=20.0, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    mixup_alpha: float = Field(default=0.0, ge=0)
+    cutmix_alpha: float = Field(default=0.0, ge=0)
     bias_multiplier: float = Field(default=2.0, gt=0)
     gamma_multiplier: float = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    batch_norm: Literal["train", "sync", "partial", "frozen"] = "train"
+    precise_bn_batches: int = Field(default=0, ge=0)
     flip: Literal["swap", "none", "naive"] = "swap"
     pixels: int = Field(default=224, ge=32)
     num_segments: int = Field(default=8, ge=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(default=0, ge=0)
     num_workers: int = Field(default=0, ge=0)
     loader_threads: int = Field(default=2, ge=1)
@@ -138,12 +187,24 @@ class TrainSettings(Settings):
     max_failures: int = Field(default=3, ge=0)
     validate_every_epochs: int = Field(default=1, ge=1)
     subset: int | None = Field(default=None, ge=1)
+    compat: CompatSettings = CompatSettings()
 
     @model_validator(mode="after")
     def _warmup_ends_before_training(self) -> Self:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs:g}, but training has {self.epochs} epochs; the warm-up must end before"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.compat.clip_each_micro_batch and self.precision == "fp16":
+            raise ValueError("compat.clip_each_micro_batch clips before fp16 has unscaled the gradient; use another precision")
+        if self.precise_bn_batches and self.batch_norm in ("partial", "frozen"):
+            raise ValueError(
+                f"precise_bn_batches is {self.precise_bn_batches}, but batch_norm={self.batch_norm} keeps statistics as they "
+                "are; set one of the two back"
             )
         return self
 

@@ -10,7 +10,7 @@ from infra.tracking import RunStatus, TrackedRun, Tracker
 from models.placement import parse_placement
 from pipelines.training.job import TrainJob, train_job
 from pipelines.training.metrics import EpochMetrics
-from pipelines.training.settings import ModelSettings, TrainSettings
+from pipelines.training.settings import MIN_SGDR_PERIOD, ModelSettings, TrainSettings
 from tuning.space import SearchSettings
 from tuning.trials import TrialEvent
 
@@ -23,11 +23,13 @@ def trial_job(
 ) -> TrainJob:
     """The job of a trial before its own overrides: the experiment's training, cut to `search.max_epochs` and `search.subset`.
 
-    The warm-up keeps its share of the training, so that a trial is the long training in small.
+    The warm-up and the periods of SGDR keep their share of the training, so that a trial is the long training in small.
     """
+    share = search.max_epochs / train.epochs
     short = {
         "epochs": search.max_epochs,
         "warmup_epochs": train.warmup_epochs * search.max_epochs / train.epochs,
+        "sgdr_period_epochs": max(MIN_SGDR_PERIOD, train.sgdr_period_epochs * share),
         "subset": search.subset or train.subset,
         "validate_every_epochs": 1,
     }

@@ -115,6 +115,23 @@ def test_the_order_does_not_depend_on_world_size_and_clips_do_not_either(train_s
     assert orders[0] == orders[1] == orders[2]
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("num_steps", [1, 4, 6])
+def test_steps_that_others_began_have_the_same_clips_at_any_world_size(train_split, world_size, num_steps):
+    def steps(world_size):
+        loaders = [loader_of(train_split, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for loader in loaders:
+            loader.divide(num_steps)
+            loader.seek(1)
+        assert {len(loader) for loader in loaders} == {num_steps}
+        parts = [[batch.keys for batch in loader] for loader in loaders]
+        return [[key for keys in step for key in keys] for step in zip(*parts, strict=True)]
+
+    assert steps(world_size) == steps(1)
+    with pytest.raises(ConfigError, match=f"23 clips in 12 steps do not give each of {world_size} workers a clip"):
+        loader_of(train_split, world_size=world_size).divide(12)
+
+
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_threads_do_not_change_the_batches(train_split, num_workers):
     alone, threaded = loader_of(train_split), loader_of(train_split, num_workers=num_workers)

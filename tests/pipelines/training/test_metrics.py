@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from pipelines.training.metrics import EpochMetrics, Sums, best_epoch
+from preprocessing.clip_ledger import ClipLedger
 
 CPU = torch.device("cpu")
 
 
 def epoch_metrics(epoch=0, **changes):
     numbers = {"train_loss": 1.5, "train_top1": 0.25, "val_loss": 1.0, "val_top1": 0.5, "val_top5": 0.75}
-    rest = {"learning_rate": 0.01, "seconds": 3.0, "clips_per_second": 10.0, "gammas": {"3a": 0.125}}
+    rest = {"learning_rate": 0.01, "seconds": 3.0, "clips_per_second": 10.0, "gammas": {"3a": 0.125}, "data_wait": 0.25}
+    rest |= {"effective_batch": 7.5, "world_size": 2, "peak_memory_bytes": 1000, "gates": {"3a_mean_abs": 0.5}}
+    rest |= {"ledger": str(ClipLedger(30, 5 << 76)), "dead_gates": ["gamma has not moved"]}
     return EpochMetrics(epoch=epoch, step=10 * (epoch + 1), **(numbers | rest | changes))
 
 
@@ -57,7 +60,14 @@ def test_names_are_those_of_mlflow_and_what_was_not_measured_is_left_out():
         "train/lr": 0.01,
         "train/clips_per_second": 10.0,
         "train/epoch_seconds": 3.0,
+        "train/effective_batch": 7.5,
+        "train/workers": 2,
+        "train/data_wait": 0.25,
+        "train/peak_memory_bytes": 1000,
+        "train/ledger": 5.0,
+        "train/dead_gates": 1,
         "gamma/3a": 0.125,
+        "gate/3a_mean_abs": 0.5,
     }
     assert epoch_metrics().to_dict()["val/top1"] == 0.5
 

@@ -1,4 +1,5 @@
 import hashlib
+import math
 
 import pytest
 import torch
@@ -9,8 +10,13 @@ from torch import nn
 
 from infra.errors import ConfigError, PipelineError
 from models import create_model, list_models
+from pipelines.experiments.presets import apply_preset
+from pipelines.experiments.something_v1 import something_v1
 from pipelines.training.optim import build_optimizer, check_groups, learning_rate_at, set_learning_rate
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
+
+PUBLISHED = [0.001, 0.0019, 0.0028, 0.0037, 0.0046, 0.0055, 0.0064, 0.0073, 0.0082, 0.0091, 0.01, 0.009045, 0.006545]
+PUBLISHED += [0.003455, 0.000955]  # PAPER_NOTES.md, "learning rate by epoch"
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -50,11 +56,52 @@ def test_tensors_in_no_group_or_in_two_are_refused_by_name():
 
 
 def test_the_schedule_by_epoch_is_the_published_one():
-    published = [0.001, 0.0019, 0.0028, 0.0037, 0.0046, 0.0055, 0.0064, 0.0073, 0.0082, 0.0091, 0.01, 0.009045, 0.006545]
-    published += [0.003455, 0.000955]  # PAPER_NOTES.md, "learning rate by epoch"
     settings = TrainSettings(epochs=15, warmup_epochs=10, learning_rate=0.01)
-    assert [learning_rate_at(epoch, 1, settings) for epoch in range(15)] == pytest.approx(published, abs=5e-7)
+    assert [learning_rate_at(epoch, 1, settings) for epoch in range(15)] == pytest.approx(PUBLISHED, abs=5e-7)
     assert learning_rate_at(15, 1, settings) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 1667])
+def test_by_epoch_every_step_of_an_epoch_has_the_published_rate(steps_per_epoch):
+    settings = apply_preset(something_v1(), {"preset": "seed_code"}).train
+    assert settings.epochs == 15
+    for epoch, published in enumerate(PUBLISHED):
+        for step in (0, steps_per_epoch // 2, steps_per_epoch - 1):
+            assert learning_rate_at(epoch * steps_per_epoch + step, steps_per_epoch, settings) == pytest.approx(
+                published, abs=5e-7
+            )
+
+
+@given(
+    period=st.floats(0.1, 5),
+    growth=st.floats(1, 3),
+    warmup=st.floats(0, 2),
+    place=st.floats(0, 1, exclude_max=True),
+    number=st.integers(0, 4),
+)
+def test_sgdr_starts_again_at_the_peak_and_each_period_is_longer(period, growth, warmup, place, number):
+    """Loshchilov and Hutter, equation 5."""
+    settings = TrainSettings(
+        epochs=1000, learning_rate=0.5, schedule="sgdr", warmup_epochs=warmup, sgdr_period_epochs=period, sgdr_growth=growth
+    )
+    start = warmup + sum(period * growth**i for i in range(number))
+    length = period * growth**number
+    step = round(1e6 * (start + place * length))
+    expected = 0.25 * (1 + math.cos(math.pi * (step / 1e6 - start) / length))
+    found = learning_rate_at(step, 10**6, settings)
+    near_a_start = min(place, 1 - place) * length < 1e-5
+    assert near_a_start or found == pytest.approx(expected, abs=1e-5)
+
+
+def test_sgdr_in_numbers():
+    settings = TrainSettings(
+        epochs=15, learning_rate=0.01, schedule="sgdr", warmup_epochs=0, sgdr_period_epochs=5, sgdr_growth=2
+    )
+    rates = [learning_rate_at(epoch, 1, settings) for epoch in range(15)]
+    assert [epoch for epoch, rate in enumerate(rates) if rate == 0.01] == [0, 5]
+    assert learning_rate_at(49, 10, settings) < 1.1e-5
+    assert learning_rate_at(149, 10, settings) < 1e-5
+    assert rates[10] == pytest.approx(0.005)
 
 
 @given(epochs=st.integers(1, 30), warmup=st.floats(0, 0.99), steps_per_epoch=st.integers(1, 50))
@@ -123,3 +170,10 @@ def test_backbone_weights_need_their_hash(tmp_path, caplog):
             build_model(chosen.model_copy(update={"backbone_sha256": wrong}), 4, 2)
     with pytest.raises(ValidationError, match="both set"):
         ModelSettings(weights=path, backbone_weights=str(path))
+
+
+def test_settings_that_exclude_each_other_are_refused():
+    with pytest.raises(ValidationError, match=r"precise_bn_batches is 2, but batch_norm=partial keeps statistics"):
+        TrainSettings(precise_bn_batches=2, batch_norm="partial")
+    with pytest.raises(ValidationError, match=r"clip_each_micro_batch clips before fp16 has unscaled"):
+        TrainSettings(precision="fp16", compat={"clip_each_micro_batch": True})
