@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from infra import cluster
 from infra.links import run_url
 from infra.progress import StageProgress
 from infra.storage import require_free_space, write_json
+from infra.system_metrics import watch_machine
 from infra.tracking import TrackedRun, Tracker, tracking_uri
 from pipelines.artifacts import Artifact, Store
 from pipelines.config import ExperimentConfig
@@ -23,6 +24,8 @@ from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_g
 from pipelines.stages import STAGES, config_yaml
 
 _MINIMUM_FREE_BYTES = 200 * 10**6
+_STOP_SECONDS = 5.0  # who sends SIGTERM may send SIGKILL soon after
+_WATCHED = ("shards", "train")  # stages during which the load of this machine is recorded
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
 _USED_BY_STAGES = (
     "pipelines.reports.audit",
@@ -136,7 +139,8 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                 sections = {section: getattr(request.config, section) for section in stage.settings}
                 started = time.monotonic()
                 try:
-                    summary = stage.function(context, **inputs, **sections)
+                    with watch_machine(run) if stage.name in _WATCHED else nullcontext():
+                        summary = stage.function(context, **inputs, **sections)
                 except Exception as error:
                     run.set_tags({"error": f"{type(error).__name__}: {error}"})
                     raise
@@ -217,7 +221,10 @@ def _killed_on_interrupt(tracker: Tracker) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             tracker.finish_open_runs("KILLED")
+            tracker.close(_STOP_SECONDS)
             raise
         except BaseException:
             tracker.finish_open_runs("FAILED")
+            tracker.close()
             raise
+        tracker.close()
