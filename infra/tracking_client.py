@@ -31,7 +31,10 @@ _PARAMS_PER_BATCH = 100
 _DATASET_DIGEST_CHARACTERS = 36
 _CONNECT_SECONDS = 5.0
 _DATABASE_LOCK_SECONDS = 120.0
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST")
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+_DOUBTFUL = ("BAD_REQUEST", "INTERNAL_ERROR")  # what MLflow says of a lost database as well as of a value it cannot store
+_DOUBTFUL_TRIES = 4
+_ERROR_CHARACTERS = 160
 _ASKED_AS = "asked_as"  # tag: the key of the entry that started the run
 
 # Set where the user has not: by default MLflow retries a dead server for four minutes, sends telemetry, and tells the terminal
@@ -63,6 +66,8 @@ class Sender:
         self._experiment_id = experiment_id
         self._folder = folder
         self._is_away = False
+        self._doubted: Entry | None = None
+        self._num_doubts = 0
         self._params: dict[str, set[str]] = {}
         self._steps: dict[tuple[str, str], set[int]] = {}
         self._made_here: set[str] = set()
@@ -84,12 +89,24 @@ class Sender:
                 group = [first]
                 _SENDERS[first["do"]](self, first)
         except Exception as error:
-            self._is_away = _means_away(error)
+            self._is_away = _means_away(error) and not (_is_doubtful(error) and self._is_at_fault(first))
             if self._is_away:
-                raise AwayError(_first_line(error)) from error
+                raise AwayError(_first_line(error)[:_ERROR_CHARACTERS]) from error
             raise
         self._is_away = False
         return len(group)
+
+    def _is_at_fault(self, entry: Entry) -> bool:
+        """Whether the entry has failed several times on end, while MLflow can write something else."""
+        self._num_doubts = self._num_doubts + 1 if entry is self._doubted else 1
+        self._doubted = entry
+        if entry["do"] == "file" or self._num_doubts < _DOUBTFUL_TRIES:
+            return False
+        try:
+            self._client.set_experiment_tag(self._experiment_id, "write_test", entry["do"])
+        except Exception:
+            return False
+        return True
 
     def _start(self, entry: Entry) -> None:
         require_server(self._uri)  # see `send`
@@ -323,6 +340,15 @@ def _means_away(error: Exception) -> bool:
     if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
         return False
     return isinstance(error, OSError) or type(error).__module__ != "builtins"  # those of SQLAlchemy, boto3 and so on
+
+
+def _is_doubtful(error: Exception) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return False
+    by_proxy = str(error).startswith("API request to") and "500 error responses" not in str(error)
+    return error.error_code in _DOUBTFUL and not by_proxy
 
 
 def _tracking_error(uri: str, error: Exception) -> PipelineError:

@@ -228,6 +228,17 @@ def test_what_mlflow_refuses_does_not_stop_the_rest(tracker: Tracker) -> None:
     assert b"no@such@name" in (tracker._spool.folder / "refused.txt").read_bytes()
 
 
+def test_a_value_that_no_database_can_store_does_not_stop_the_rest(tracker: Tracker) -> None:
+    """MLflow calls that an internal error, as it does a lost database."""
+    with tracker.start_run("train") as run:
+        tracker._spool.append({"do": "finish", "run": run.run_id, "status": "KILLED", "time": 2**70})
+        run.log_metrics({"val/top1": 0.5})
+    tracker.close()
+    stored = tracker._client.get_run(run.run_id)
+    assert (stored.data.metrics, stored.info.status) == ({"val/top1": 0.5}, "FINISHED")
+    assert b"too large" in (tracker._spool.folder / "refused.txt").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("error", "is_away"),
     [
