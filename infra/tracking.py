@@ -16,15 +16,14 @@ from pathlib import Path
 from infra.errors import PipelineError
 from infra.provenance import git_commit, has_ended, this_process, user_name
 from infra.tracking_client import Sender, connect, explained, find_or_create_experiment
-from infra.tracking_run import RunStatus, TrackedRun, now
-from infra.tracking_spool import Spool
+from infra.tracking_run import NOTE_CHARACTERS, RunStatus, TrackedRun, now
+from infra.tracking_spool import Spool, has_entries
 
-__all__ = ["RunStatus", "TrackedRun", "Tracker", "experiment_ids", "tracking_uri"]
+__all__ = ["RunStatus", "TrackedRun", "Tracker", "experiment_ids", "is_all_sent", "tracking_uri"]
 
-_NOTE_CHARACTERS = 8000
 _WRITER = "writer"
 _REPLAY_SECONDS = 60.0
-_START_SECONDS = 10.0
+_START_SECONDS = 5.0
 _CLOSE_SECONDS = 30.0
 
 
@@ -42,6 +41,11 @@ def experiment_ids(uri: str) -> dict[str, str]:
     with explained(uri):
         found = connect(uri).search_experiments(order_by=["creation_time DESC"])
     return {experiment.name: experiment.experiment_id for experiment in found if experiment.experiment_id != "0"}
+
+
+def is_all_sent(uri: str, artifact_root: Path) -> bool:
+    """Whether no earlier process has left anything that the next `Tracker` would send."""
+    return not has_entries(_spool_folder(uri, artifact_root))
 
 
 class Tracker:
@@ -64,7 +68,7 @@ class Tracker:
         self._runs: list[TrackedRun] = []
         self._is_closed = False
         self._starting = threading.Lock()
-        folder = artifact_root.absolute().parent / "mlflow-spool" / hashlib.sha256(uri.encode()).hexdigest()[:8]
+        folder = _spool_folder(uri, artifact_root)
         with explained(uri):
             self._client = connect(uri)
             self.experiment_id = find_or_create_experiment(self._client, uri, experiment, artifact_root)
@@ -149,4 +153,9 @@ class Tracker:
     def describe(self, markdown: str) -> None:
         """Set the experiment's description; only its first line shows above the runs table."""
         with explained(self.uri):
-            self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", markdown[:_NOTE_CHARACTERS])
+            self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", markdown[:NOTE_CHARACTERS])
+
+
+def _spool_folder(uri: str, artifact_root: Path) -> Path:
+    """One for each server, since what was meant for one must not reach another."""
+    return artifact_root.absolute().parent / "mlflow-spool" / hashlib.sha256(uri.encode()).hexdigest()[:8]

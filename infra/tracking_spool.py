@@ -81,6 +81,7 @@ class Spool:
         self._sent_files: list[Path] = []
         self._num_appended = self._num_sent = 0
         self._away_since: float | None = None
+        self._is_silent = False  # somebody has waited in vain since the last answer
         self._is_closed = False
         (folder / "files").mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{time.time_ns()}-{os.getpid()}{_SUFFIX}"
@@ -117,9 +118,13 @@ class Spool:
             return self._num_appended
 
     def wait(self, number: int, seconds: float) -> bool:
-        """Wait until entry `number` was sent, but not for a receiver that is known to be away; whether it was sent."""
+        """Wait until entry `number` was sent, but for a receiver that is away or silent only once; whether it was sent."""
+
+        def is_over() -> bool:
+            return self._num_sent >= number or self._is_silent or self._away_since is not None
+
         with self._changed:
-            self._changed.wait_for(lambda: self._num_sent >= number or self._away_since is not None, seconds)
+            self._is_silent |= not self._changed.wait_for(is_over, seconds)
             return self._num_sent >= number
 
     def flush(self, seconds: float) -> bool:
@@ -226,6 +231,7 @@ class Spool:
                 os.ftruncate(self._journal, 0)
                 self._remove_sent_files()
             self._num_sent += count
+            self._is_silent = False
             self._changed.notify_all()
 
     def _remove_sent_files(self) -> None:
@@ -242,6 +248,11 @@ class Spool:
         with suppress(OSError), place.open("ab") as file:
             file.write(encode({**entry, "refused": str(error)}))
         entry.pop("file", None)  # stays, as refused.txt names it
+
+
+def has_entries(folder: Path) -> bool:
+    """Whether there is a journal that is not empty, of a process that has ended or is at work."""
+    return any(path.stat().st_size for path in folder.glob(f"*{_SUFFIX}"))
 
 
 @contextmanager

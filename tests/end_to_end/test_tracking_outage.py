@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from infra.tracking_spool import encode
+
 pytestmark = pytest.mark.slow
 
 EPOCHS = 5
@@ -28,12 +30,11 @@ SETTINGS = [
 def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterwards(mlflow_server, tmp_path):
     settings = [item for assignment in SETTINGS for item in ("--set", assignment)]
     command = [str(Path(sys.executable).with_name("sagsm")), "run", "demo", "--only", "train", "--json", *settings]
+    command += ["--workdir", str(tmp_path)]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri}
     errors = tmp_path / "errors.txt"
     with errors.open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--workdir", str(tmp_path)], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     wait_for(process, lambda: list((tmp_path / "store" / "train").glob("*.partial/checkpoints/step-*")))
     mlflow_server.kill()
     wait_for(process, lambda: "is away" in errors.read_text())
@@ -48,7 +49,11 @@ def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterward
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
     assert set(mlflow_server.query("select status from runs")) == {("FINISHED",)}
     assert errors.read_text().count("is away") == errors.read_text().count("is back after") == 1
-    assert not list((tmp_path / "mlflow-spool").rglob("*.journal"))
+    (folder,) = (tmp_path / "mlflow-spool").iterdir()
+    assert not list(folder.glob("*.journal"))
+    (folder / "1-1.journal").write_bytes(encode({"do": "tags", "run": train, "values": {"left": "over"}}))
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=100)  # all is in the store
+    assert mlflow_server.query("select value from tags where run_uuid = ? and key = 'left'", train) == [("over",)]
 
 
 def wait_for(process, condition):
