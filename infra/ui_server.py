@@ -17,7 +17,8 @@ from typing import IO
 
 from infra.errors import PipelineError
 from infra.links import runs_url
-from infra.tracking import CLIENT_ENVIRONMENT, experiment_ids
+from infra.tracking import experiment_ids
+from infra.tracking_client import CLIENT_ENVIRONMENT
 
 DEFAULT_PORT = 5000
 _LOOPBACK = ("127.0.0.1", "localhost")

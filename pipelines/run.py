@@ -6,23 +6,27 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from infra import cluster
+from infra.errors import PipelineError
 from infra.links import run_url
 from infra.progress import StageProgress
 from infra.storage import require_free_space, write_json
-from infra.tracking import TrackedRun, Tracker, tracking_uri
+from infra.system_metrics import watch_machine
+from infra.tracking import TrackedRun, Tracker, is_all_sent, tracking_uri
 from pipelines.artifacts import Artifact, Store
 from pipelines.config import ExperimentConfig
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
 from pipelines.stages import STAGES, config_yaml
 
 _MINIMUM_FREE_BYTES = 200 * 10**6
+_STOP_SECONDS = 5.0  # who sends SIGTERM may send SIGKILL soon after
+_WATCHED = ("shards", "train")  # stages during which the load of this machine is recorded
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
 _USED_BY_STAGES = (
     "pipelines.reports.audit",
@@ -91,13 +95,12 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
     planned = plan_experiment(request)
     if all(item.artifact for item in planned):
         results = run_graph(planned, _must_not_run, lambda result: _say(progress, result))
+        _send_what_is_left(request, progress)
         return Outcome(results, _headline(results), None)
     _prepare_workdir(request.workdir)
     for module in _USED_BY_STAGES:
         importlib.import_module(module)
-    tracker = Tracker(
-        tracking_uri(request.workdir), f"sagsm-{request.config.dataset.name}", request.workdir / "mlflow-artifacts"
-    )
+    tracker = _open_tracker(request)
     tracker.close_abandoned_runs()
     with _interruptible(), cluster.session(request.address), _killed_on_interrupt(tracker):
         pipeline = tracker.start_run(
@@ -110,6 +113,21 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         numbers = _headline(results)
         _close_pipeline(pipeline, results, numbers)
     return Outcome(results, numbers, run_url("", tracker.experiment_id, pipeline.run_id))
+
+
+def _open_tracker(request: Request) -> Tracker:
+    experiment = f"sagsm-{request.config.dataset.name}"
+    return Tracker(tracking_uri(request.workdir), experiment, request.workdir / "mlflow-artifacts")
+
+
+def _send_what_is_left(request: Request, progress: StageProgress) -> None:
+    """An earlier run may have done all the work while the MLflow server was away."""
+    if is_all_sent(tracking_uri(request.workdir), request.workdir / "mlflow-artifacts"):
+        return
+    try:
+        _open_tracker(request).close()
+    except PipelineError as error:
+        progress.say(f"  an earlier run's records are still to be sent: {error}")
 
 
 def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, progress: StageProgress) -> Any:
@@ -136,7 +154,8 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                 sections = {section: getattr(request.config, section) for section in stage.settings}
                 started = time.monotonic()
                 try:
-                    summary = stage.function(context, **inputs, **sections)
+                    with watch_machine(run) if stage.name in _WATCHED else nullcontext():
+                        summary = stage.function(context, **inputs, **sections)
                 except Exception as error:
                     run.set_tags({"error": f"{type(error).__name__}: {error}"})
                     raise
@@ -158,8 +177,6 @@ def _must_not_run(item: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifac
 
 
 def _prepare_workdir(workdir: Path) -> None:
-    from infra.errors import PipelineError
-
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,7 +234,10 @@ def _killed_on_interrupt(tracker: Tracker) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             tracker.finish_open_runs("KILLED")
+            tracker.close(_STOP_SECONDS)
             raise
         except BaseException:
             tracker.finish_open_runs("FAILED")
+            tracker.close()
             raise
+        tracker.close()

@@ -96,7 +96,7 @@ class TrialRuns:
             f"t{event.number:03d} {placement}".strip(),
             parent=self._parent,
             tags=tags,
-            resume_id=self._tracker.find_run(tags),
+            resume_tags=tags,
         )
         run.log_params({**event.overrides, "num_slots": len(parse_placement(placement.replace("+", ",") or "none"))})
         self._open[event.number] = run

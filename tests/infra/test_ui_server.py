@@ -107,4 +107,4 @@ def test_the_ui_answers_this_machine_only_and_leaves_no_process(
             time.sleep(0.05)
         assert children
         assert not [child for child in children if child.is_running()]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "mlflow.db", "mlflow.db.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "mlflow-spool", "mlflow.db", "mlflow.db.lock"]

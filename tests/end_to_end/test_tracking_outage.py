@@ -1,0 +1,64 @@
+"""A pipeline whose MLflow server dies while the train stage is at work, and comes back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.tracking_spool import encode
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 5
+SETTINGS = [
+    "dataset.synthetic.num_train=16",
+    "dataset.synthetic.num_validation=8",
+    "dataset.synthetic.num_broken=1",
+    "shards.max_bad_fraction=0.1",
+    "search.num_trials=0",
+    f"train.epochs={EPOCHS}",
+    "train.warmup_epochs=1",
+    "train.num_segments=2",
+    "train.pixels=32",
+]
+
+
+def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterwards(mlflow_server, tmp_path):
+    settings = [item for assignment in SETTINGS for item in ("--set", assignment)]
+    command = [str(Path(sys.executable).with_name("sagsm")), "run", "demo", "--only", "train", "--json", *settings]
+    command += ["--workdir", str(tmp_path)]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri}
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    wait_for(process, lambda: list((tmp_path / "store" / "train").glob("*.partial/checkpoints/step-*")))
+    mlflow_server.kill()
+    wait_for(process, lambda: "is away" in errors.read_text())
+    mlflow_server.start()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.read_text()
+    stages = {stage["name"]: stage for stage in json.loads(output)["stages"]}
+    train = stages["train"]["mlflow_run_id"]
+    for name in ("train/loss", "val/top1"):
+        assert [step for step, _ in mlflow_server.points(train, name)] == list(range(EPOCHS))
+    names = {name for (name,) in mlflow_server.query("select distinct key from metrics where run_uuid = ?", train)}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
+    assert set(mlflow_server.query("select status from runs")) == {("FINISHED",)}
+    assert errors.read_text().count("is away") == errors.read_text().count("is back after") == 1
+    (folder,) = (tmp_path / "mlflow-spool").iterdir()
+    assert not list(folder.glob("*.journal"))
+    (folder / "1-1.journal").write_bytes(encode({"do": "tags", "run": train, "values": {"left": "over"}}))
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=100)  # all is in the store
+    assert mlflow_server.query("select value from tags where run_uuid = ? and key = 'left'", train) == [("over",)]
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, "the pipeline has ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
