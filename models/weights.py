@@ -35,8 +35,9 @@ def load_published_weights(
             put in that order. With neither, the caller vouches that both orders are one.
 
     Raises:
-        ValueError: if the file is not such a file; if names are missing, unexpected or of another shape (all in one message);
-            if only one of `class_order` and `label_names` is given, or they are not the same labels, one a class.
+        ValueError: if the file is not such a file; if names are missing, unexpected, of another shape or of another kind than
+            real numbers and counts (all in one message); if only one of `class_order` and `label_names` is given, or they are
+            not the same labels, one a class.
     """
     if isinstance(path_or_state_dict, str | Path):
         source, content = str(path_or_state_dict), read_weights(Path(path_or_state_dict))
@@ -115,7 +116,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             tensors: dict[str, Tensor] = load_file(path)
             return tensors
         content = torch.load(path, map_location="cpu", weights_only=True)
-    # The last four: what the reader of pickles raises for bytes that are none.
+    # From EOFError on: what the reader of pickles raises for bytes that are none, or for a damaged pickle.
     except (
         SafetensorError,
         pickle.UnpicklingError,
@@ -125,6 +126,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         ValueError,
         TypeError,
         AttributeError,
+        AssertionError,
     ) as error:
         cause = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
@@ -137,7 +139,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def _differences(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """A line for each name that is missing, unexpected or of another shape."""
+    """A line for each name that is missing, unexpected, of another shape or of another kind."""
     missing = [f"  missing: {name} {list(expected[name].shape)}" for name in expected if name not in given]
     unexpected = [f"  unexpected: {name} {list(given[name].shape)}" for name in given if name not in expected]
     misshapen = [
@@ -145,4 +147,18 @@ def _differences(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    return missing + unexpected + misshapen
+    other_kind = [
+        f"  kind: {name} is {_kind(given[name])}, expected {_kind(tensor)}"
+        for name, tensor in expected.items()
+        if name in given and _kind(given[name]) != _kind(tensor)
+    ]
+    return missing + unexpected + misshapen + other_kind
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor's numbers are; only tensors of one kind can be copied into one another without loss of sense."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return "sparse, quantised or without numbers"
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "whole numbers"

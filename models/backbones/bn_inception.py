@@ -11,10 +11,11 @@ map (3c, 4e) a map with an odd side is padded for max pooling, where the publish
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -121,8 +122,8 @@ class BNInception(nn.Module):
         double = self._unit(f"{name}_double_3x3_2", double)
         if not block.one:
             return torch.cat((three, double, _halve(x)), dim=1)
-        pool = functional.avg_pool2d if block.pool == "avg" else functional.max_pool2d
-        projected = self._unit(f"{name}_pool_proj", pool(x, kernel_size=3, stride=1, padding=1))
+        pooled = average_3x3(x) if block.pool == "avg" else functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+        projected = self._unit(f"{name}_pool_proj", pooled)
         return torch.cat((self._unit(f"{name}_1x1", x), three, double, projected), dim=1)
 
     def _add_unit(self, name: str, in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> None:
@@ -141,6 +142,31 @@ class BNInception(nn.Module):
         if slot_module is not None:
             x = slot_module(x)
         return functional.relu(self.get_submodule(f"{name}_bn")(x), inplace=True)
+
+
+def average_3x3(x_NCHW: Tensor) -> Tensor:
+    """The mean of each 3 x 3 window of the map, which counts as zero outside: average pooling of stride 1, padded by 1."""
+    averaged: Tensor = _Average3x3.apply(x_NCHW)
+    return averaged
+
+
+class _Average3x3(torch.autograd.Function):
+    """`average_3x3`, whose gradient is the same average of the incoming gradient, since windows are symmetric.
+
+    PyTorch's own backward pass of average pooling takes five times as long in bfloat16 and channels_last memory (6.8 against
+    1.4 ms for 16 x 576 maps of 14 x 14 on one thread, November 2026).
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, x_NCHW: Tensor) -> Tensor:
+        """The average."""
+        return functional.avg_pool2d(x_NCHW, kernel_size=3, stride=1, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, gradient_NCHW: Tensor) -> Tensor:
+        """The gradient of the input."""
+        return functional.avg_pool2d(gradient_NCHW, kernel_size=3, stride=1, padding=1)
 
 
 def _halve(x_NCHW: Tensor) -> Tensor:

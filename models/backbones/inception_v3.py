@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.backbones.bn_inception import MakeSlotModule
+from models.backbones.bn_inception import MakeSlotModule, average_3x3
 
 
 class _Unit(NamedTuple):
@@ -204,8 +204,8 @@ class InceptionV3(nn.Module):
         if block.pool == "halve":
             outputs.append(functional.max_pool2d(x, kernel_size=3, stride=2))
         else:
-            pool = functional.avg_pool2d if block.pool == "avg" else functional.max_pool2d
-            outputs.append(self._unit(f"{name}_tower_2_conv", pool(x, kernel_size=3, stride=1, padding=1)))
+            pooled = average_3x3(x) if block.pool == "avg" else functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+            outputs.append(self._unit(f"{name}_tower_2_conv", pooled))
         return torch.cat(outputs, dim=1)
 
     def _add_unit(
