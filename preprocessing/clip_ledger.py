@@ -1,7 +1,7 @@
 """A hash of the clips that an epoch has shown: equal for equal multisets, whatever their order, ranks or interruptions.
 
-The sum of the keys' hashes modulo 2**128. Sums of ranks add up, and a resumed epoch goes on from its own; a clip that is lost or
-doubled changes the sum. It guards against mistakes, not against an enemy who chooses keys.
+The sum of the keys' hashes modulo 2**128. Sums of ranks add up, and a resumed epoch goes on from its own; a clip that is lost
+or doubled changes the sum. It guards against mistakes, not against an enemy who chooses keys.
 """
 
 import hashlib
