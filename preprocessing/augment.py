@@ -67,7 +67,7 @@ def augment_clip(clip_THWC: Frame, augmentation: Augmentation, rng: np.random.Ge
         for _ in range(augmentation.num_ops):
             operation = _OPERATIONS[_NAMES[rng.integers(len(_NAMES))]]
             sign = -1 if operation.is_signed and rng.random() < 0.5 else 1
-            changed_TCHW = operation.apply(changed_TCHW, sign * operation.strength * augmentation.magnitude / MAX_MAGNITUDE)
+            changed_TCHW = operation.apply(changed_TCHW, sign * operation.strength(augmentation.magnitude))
         clip_TCHW.copy_(changed_TCHW)
     if augmentation.erase_probability and rng.random() < augmentation.erase_probability:
         _erase(clip_TCHW, rng)
@@ -90,11 +90,16 @@ def _erase(clip_TCHW: torch.Tensor, rng: np.random.Generator) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """An operation of RandAugment: `apply(clip, x)`, where |x| grows with the magnitude from 0 to `strength`."""
+    """An operation of RandAugment: `apply(clip, x)`, where |x| goes with the magnitude from `weakest` to `strongest`."""
 
     apply: Callable[[torch.Tensor, float], torch.Tensor]
-    strength: float = 0.0
+    weakest: float = 0.0
+    strongest: float = 0.0
     is_signed: bool = False
+
+    def strength(self, magnitude: int) -> float:
+        """In float32, as torchvision has it: thresholds and rounding then fall the same way."""
+        return float(torch.linspace(self.weakest, self.strongest, MAX_MAGNITUDE + 1)[magnitude])
 
 
 def _shear(clip: torch.Tensor, x: float, y: float) -> torch.Tensor:
@@ -109,17 +114,17 @@ def _translate(clip: torch.Tensor, x: float, y: float) -> torch.Tensor:
 
 _OPERATIONS = {
     "Identity": _Operation(lambda clip, _: clip),
-    "ShearX": _Operation(lambda clip, x: _shear(clip, x, 0.0), 0.3, is_signed=True),
-    "ShearY": _Operation(lambda clip, x: _shear(clip, 0.0, x), 0.3, is_signed=True),
-    "TranslateX": _Operation(lambda clip, x: _translate(clip, x, 0.0), 150 / 331, is_signed=True),
-    "TranslateY": _Operation(lambda clip, x: _translate(clip, 0.0, x), 150 / 331, is_signed=True),
-    "Rotate": _Operation(functional.rotate, 30.0, is_signed=True),
-    "Brightness": _Operation(lambda clip, x: functional.adjust_brightness(clip, 1 + x), 0.9, is_signed=True),
-    "Color": _Operation(lambda clip, x: functional.adjust_saturation(clip, 1 + x), 0.9, is_signed=True),
-    "Contrast": _Operation(lambda clip, x: functional.adjust_contrast(clip, 1 + x), 0.9, is_signed=True),
-    "Sharpness": _Operation(lambda clip, x: functional.adjust_sharpness(clip, 1 + x), 0.9, is_signed=True),
-    "Posterize": _Operation(lambda clip, x: functional.posterize(clip, round(8 - x)), 4.0),
-    "Solarize": _Operation(lambda clip, x: functional.solarize(clip, 255 * (1 - x)), 1.0),
+    "ShearX": _Operation(lambda clip, x: _shear(clip, x, 0.0), 0.0, 0.3, is_signed=True),
+    "ShearY": _Operation(lambda clip, x: _shear(clip, 0.0, x), 0.0, 0.3, is_signed=True),
+    "TranslateX": _Operation(lambda clip, x: _translate(clip, x, 0.0), 0.0, 150 / 331, is_signed=True),
+    "TranslateY": _Operation(lambda clip, x: _translate(clip, 0.0, x), 0.0, 150 / 331, is_signed=True),
+    "Rotate": _Operation(functional.rotate, 0.0, 30.0, is_signed=True),
+    "Brightness": _Operation(lambda clip, x: functional.adjust_brightness(clip, 1 + x), 0.0, 0.9, is_signed=True),
+    "Color": _Operation(lambda clip, x: functional.adjust_saturation(clip, 1 + x), 0.0, 0.9, is_signed=True),
+    "Contrast": _Operation(lambda clip, x: functional.adjust_contrast(clip, 1 + x), 0.0, 0.9, is_signed=True),
+    "Sharpness": _Operation(lambda clip, x: functional.adjust_sharpness(clip, 1 + x), 0.0, 0.9, is_signed=True),
+    "Posterize": _Operation(lambda clip, x: functional.posterize(clip, round(x)), 8.0, 4.0),
+    "Solarize": _Operation(lambda clip, x: functional.solarize(clip, 255 * x), 1.0, 0.0),
     "AutoContrast": _Operation(lambda clip, _: functional.autocontrast(clip)),
     "Equalize": _Operation(lambda clip, _: functional.equalize(clip)),
 }
