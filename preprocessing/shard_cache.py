@@ -116,7 +116,10 @@ class ShardCache:
             time.sleep(_WAIT_SECONDS)
 
     def _make_room(self, part: Path, num_bytes: int) -> bool:
-        """Remove copies, longest unused first, until `num_bytes` fit; False if what others fetch leaves too little."""
+        """Remove what dead processes left and copies, longest unused first, until `num_bytes` fit.
+
+        False if what others fetch leaves too little room.
+        """
         sizes, used = {}, {}
         for path in [*self.folder.glob("*.copy"), *self.folder.glob("*.part")]:
             with suppress(FileNotFoundError):  # becomes a copy right now, or is discarded
@@ -124,7 +127,7 @@ class ShardCache:
                 sizes[path], used[path] = status.st_size, status.st_mtime_ns
         sizes.pop(part, None)  # left by a process that died; it will be overwritten
         num_free = self.max_bytes - sum(sizes.values())
-        for path in sorted(sizes, key=lambda path: (path.suffix == ".part", used[path])):
+        for path in sorted(sizes, key=lambda path: (path.suffix == ".copy", used[path])):
             if num_free >= num_bytes:
                 break
             if path.suffix == ".copy":
