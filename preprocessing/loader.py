@@ -1,7 +1,7 @@
 """Shards to batches: only the sampled frames are read, and threads decode them.
 
-The order of the clips is a pure function of (seed, epoch), their frames, crops and flips of (seed, epoch, key): neither the
-number of threads nor that of ranks changes what an epoch shows, and a resumed run goes on at the very next clip.
+The order of the clips is a pure function of (seed, epoch), their frames, crops, flips and augmentation of (seed, epoch, key):
+neither the number of threads nor that of ranks changes what an epoch shows, and a resumed run goes on at the very next clip.
 
 Threads, not processes: reading, decoding and resizing free the GIL, and processes would pay for moving batches of 14 MB.
 """
@@ -20,23 +20,20 @@ import pyarrow.compute as pc
 import torch
 
 from infra.errors import ConfigError, DataError
+from infra.filesystems import Folder
+from preprocessing.augment import NO_AUGMENTATION, Augmentation, augment_clip
 from preprocessing.labels import mirror_labels
+from preprocessing.order import shuffled_rows
 from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
-from preprocessing.segments import segment_indices
-from preprocessing.transforms import (
-    Flip,
-    Frame,
-    centre_crop,
-    clip_rng,
-    draw_flip,
-    draw_train_crop,
-    smallest_decoded_size,
-    write_clip,
-)
+from preprocessing.shard_cache import ShardCache
+from preprocessing.transforms import Flip, Frame, clip_rng, draw_flip, draw_train_crop, smallest_decoded_size, write_clip
+from preprocessing.views import FrameSampling, NumClips, NumCrops, Sampling, View, spread_views
 
 __all__ = ["Batch", "Loader", "ShardSplit", "make_loader", "open_shards"]
 
-_LEAST = {"num_segments": 1, "batch_size": 1, "seed": 0, "num_workers": 0, "pixels": 1, "world_size": 1, "rank": 0}
+_LEAST = {"batch_size": 1, "seed": 0, "num_workers": 0, "pixels": 1, "world_size": 1, "rank": 0, "shuffle_shards": 1}
+# Of remote shards; of 90 MB each, as those of Something-V1 by default, that many want a cache of 1.5 GB.
+_REMOTE_SHUFFLE_SHARDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +41,19 @@ class Batch:
     """The clips that one rank sees in one step.
 
     Attributes:
-        clips: uint8, RGB, [B, T, 3, H, W]; memory is [B, T, H, W, 3], so that `clips.flatten(0, 1)` is channels_last.
+        clips: uint8, RGB, [B * V, T, 3, H, W], the V views of a video one after another; memory is [B * V, T, H, W, 3], so that
+            `clips.flatten(0, 1)` is channels_last.
         labels: int64, [B]; of the clips as shown, so after a flip the mirrored label; -1 if unlabelled.
         keys: the videos' keys.
-        num_global: the number of clips of this step over all ranks, for weighting a loss exactly.
+        num_global: the number of videos of this step over all ranks, for weighting a loss exactly.
+        num_views: V, 1 in training.
     """
 
     clips: torch.Tensor
     labels: torch.Tensor
     keys: list[str]
     num_global: int
+    num_views: int = 1
 
 
 def make_loader(
@@ -69,6 +69,13 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     subset: int | None = None,
+    sampling: Sampling = "segments",
+    stride: int = 8,
+    num_clips: NumClips = 1,
+    num_crops: NumCrops = 1,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    shuffle_shards: int | None = None,
+    cache: ShardCache | None = None,
 ) -> "Loader":
     """Make the batches of one split for one rank.
 
@@ -80,8 +87,8 @@ def make_loader(
         shards: from `open_shards`.
         num_segments: T, frames a clip.
         batch_size: the most clips a rank gets in a step.
-        train: True for random frames, crops, flips and order; False for the centre of each segment, the centre crop and the
-            order of the index.
+        train: True for random frames, crops, flips and order; False for the views of `num_clips` and `num_crops` and the order
+            of the index.
         seed: of all draws.
         num_workers: decoding threads; 0 decodes in the caller's thread. Does not change the batches.
         pixels: H and W of a clip.
@@ -90,14 +97,40 @@ def make_loader(
         rank: this process, from 0.
         world_size: number of processes that share an epoch.
         subset: use the first so many videos of the split, in the index's order; None for all.
+        sampling: "segments" takes a frame of each of T equal segments of the video, "dense" T frames `stride` apart.
+        stride: of dense sampling, in frames.
+        num_clips: of each video in testing; see `views`.
+        num_crops: of each clip in testing. 10 shows mirror images, which is refused where labels tell left from right, unless
+            `flip` is "naive".
+        augmentation: of training, after crop and flip; testing makes none.
+        shuffle_shards: how many shards the training clips that are near each other come from; None for all if the shards are
+            local, for 16 if they are remote.
+        cache: of remote shards; must hold as many as clips come from at a time. None reads them in pieces, whenever needed.
 
     Raises:
-        ConfigError: if an argument is out of range or there are too few clips to give each rank one in each step.
+        ConfigError: if an argument is out of range, if there are too few videos to give each rank one in each step, if the
+            cache is too small, or if training asks for several views.
         DataError: if `train` and a video has no label.
     """
-    num_clips = len(shards) if subset is None else subset
+    if shuffle_shards is None:
+        shuffle_shards = _REMOTE_SHUFFLE_SHARDS if Folder(shards.path).local is None else max(1, len(shards.ends))
     return Loader(
-        shards, num_segments, batch_size, train, seed, num_workers, pixels, flip, rank, world_size, num_clips=num_clips
+        shards=shards,
+        sampling=FrameSampling(num_segments, sampling, stride),
+        batch_size=batch_size,
+        train=train,
+        seed=seed,
+        num_workers=num_workers,
+        pixels=pixels,
+        flip=flip,
+        rank=rank,
+        world_size=world_size,
+        num_videos=len(shards) if subset is None else subset,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        augmentation=augmentation,
+        shuffle_shards=shuffle_shards,
+        cache=cache,
     )
 
 
@@ -110,7 +143,7 @@ class Loader:
     """
 
     shards: ShardSplit
-    num_segments: int
+    sampling: FrameSampling
     batch_size: int
     train: bool
     seed: int
@@ -119,17 +152,27 @@ class Loader:
     flip: Flip
     rank: int
     world_size: int
-    num_clips: int
+    num_videos: int
+    num_clips: NumClips
+    num_crops: NumCrops
+    augmentation: Augmentation
+    shuffle_shards: int
+    cache: ShardCache | None
 
     def __post_init__(self) -> None:
+        self._mirror = mirror_labels(self.shards.label_names)
+        self._num_views = self.num_clips * self.num_crops
         self._check_settings()
-        self.divide(-(-self.num_clips // (self.batch_size * self.world_size)))
+        self._check_views()
+        self.divide(-(-self.num_videos // (self.batch_size * self.world_size)))
         if self.train:
             self._check_labels()
-        self._mirror = mirror_labels(self.shards.label_names)
+        self._check_cache()
+        shard_names = self.shards.table["shard"].slice(0, self.num_videos).combine_chunks()
+        self._shard_numbers = shard_names.dictionary_encode().indices.to_numpy().astype(np.int64)
         # Enough batches under way to keep all threads busy while the caller holds one.
         self._num_prefetched = max(2, 1 + -(-self.num_workers // self.batch_size))
-        self._reader = FrameReader(self.shards)
+        self._reader = FrameReader(self.shards, self.cache)
         self._epoch = 0
         self._step = 0
 
@@ -157,9 +200,9 @@ class Loader:
         Raises:
             ConfigError: if there are too few clips to give each rank one in each step.
         """
-        if self.num_clips // num_steps < self.world_size:
+        if self.num_videos // num_steps < self.world_size:
             raise ConfigError(
-                f"{self.num_clips} clips in {num_steps} steps do not give each of {self.world_size} workers a clip in "
+                f"{self.num_videos} clips in {num_steps} steps do not give each of {self.world_size} workers a clip in "
                 "each step; use fewer workers, a larger batch_size or more videos"
             )
         self._num_steps = num_steps
@@ -186,24 +229,49 @@ class Loader:
             raise ConfigError(f"rank is {self.rank}; expected below {self.world_size}, which is world_size")
         if self.flip not in get_args(Flip):
             raise ConfigError(f"flip is {self.flip!r}; expected one of {', '.join(get_args(Flip))}")
-        if not 1 <= self.num_clips <= len(self.shards):
+        if not 1 <= self.num_videos <= len(self.shards):
             where = f"split {self.shards.split} of {self.shards.path}"
-            raise ConfigError(f"subset is {self.num_clips}; expected 1 to {len(self.shards)}, the videos in {where}")
+            raise ConfigError(f"subset is {self.num_videos}; expected 1 to {len(self.shards)}, the videos in {where}")
+
+    def _check_views(self) -> None:
+        for name, kind in (("num_clips", NumClips), ("num_crops", NumCrops)):
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(map(str, get_args(kind)))
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected one of {allowed}")
+        if self.train and self._num_views > 1:
+            raise ConfigError(f"{self._num_views} views of a video are for testing; train with num_clips=1 and num_crops=1")
+        turned = [label for label, other in enumerate(self._mirror) if other != label]
+        if self.num_crops == 10 and turned and self.flip != "naive":
+            raise ConfigError(
+                f"num_crops is 10, but the mirror image of {self.shards.label_names[turned[0]]!r} has another label; "
+                "use 5, or flip='naive' if that does not matter"
+            )
+
+    def _check_cache(self) -> None:
+        if self.cache is None:
+            return
+        num_shards = min(self.shuffle_shards, len(self.shards.ends)) if self.train else 1
+        num_bytes = num_shards * max(end.num_bytes for end in self.shards.ends.values())
+        if self.cache.max_bytes < num_bytes:
+            raise ConfigError(
+                f"the shard cache holds {self.cache.max_bytes} bytes; expected at least {num_bytes}, since clips come from "
+                f"{num_shards} shards at a time: enlarge it, lower shuffle_shards or use no cache"
+            )
 
     def _check_labels(self) -> None:
-        unlabelled = self.shards.table["label"].slice(0, self.num_clips).is_null()
+        unlabelled = self.shards.table["label"].slice(0, self.num_videos).is_null()
         num_unlabelled = pc.sum(unlabelled).as_py()
         if num_unlabelled:
             first = self.shards.video(pc.index(unlabelled, True).as_py()).key
             raise DataError(
-                f"{num_unlabelled} of {self.num_clips} videos in split {self.shards.split} of {self.shards.path} have no "
+                f"{num_unlabelled} of {self.num_videos} videos in split {self.shards.split} of {self.shards.path} have no "
                 f"label, the first is {first}; training needs labels: choose another split"
             )
 
     def _epoch_rows(self, epoch: int) -> npt.NDArray[np.int64]:
         if not self.train:
-            return np.arange(self.num_clips)
-        return clip_rng(self.seed, epoch, "order of clips").permutation(self.num_clips)
+            return np.arange(self.num_videos)
+        return shuffled_rows(self._shard_numbers, self.seed, epoch, self.shuffle_shards)
 
     def _iterate(self, epoch: int, first_step: int) -> Iterator[Batch]:
         plans = self._plan_batches(epoch, first_step)
@@ -225,47 +293,57 @@ class Loader:
 
     def _plan_batches(self, epoch: int, first_step: int) -> Iterator["_BatchPlan"]:
         rows = self._epoch_rows(epoch)
+        shape = (self._num_views, self.sampling.num_segments, self.pixels, self.pixels, 3)
         for step in range(first_step, self._num_steps):
-            start, stop = _part_bounds(self.num_clips, self._num_steps, step)
+            start, stop = _part_bounds(self.num_videos, self._num_steps, step)
             first, last = _part_bounds(stop - start, self.world_size, self.rank)
             videos = [self.shards.video(row) for row in rows[start + first : start + last].tolist()]
-            clips = np.empty((len(videos), self.num_segments, self.pixels, self.pixels, 3), np.uint8)
+            views = np.empty((len(videos), *shape), np.uint8)
             yield _BatchPlan(
-                tasks=[functools.partial(self._load_clip, video, epoch, out) for video, out in zip(videos, clips, strict=True)],
-                clips=clips,
+                tasks=[
+                    functools.partial(self._load_video, video, epoch, out) for video, out in zip(videos, views, strict=True)
+                ],
+                views=views,
                 keys=[video.key for video in videos],
                 num_global=stop - start,
             )
 
-    def _load_clip(self, video: StoredVideo, epoch: int, out: Frame) -> int:
-        """Write the pixels of one clip into `out`; return its label."""
-        height, width, num_frames, label, mirrored = video.height, video.width, len(video.frame_sizes), video.label, False
-        if self.train:
-            rng = clip_rng(self.seed, epoch, video.key)
-            frame_indices = segment_indices(num_frames, self.num_segments, rng)
-            crop = draw_train_crop(height, width, self.pixels, rng)
-            mirrored, label = draw_flip(label, self._mirror, self.flip, rng)
-        else:
-            frame_indices = segment_indices(num_frames, self.num_segments)
-            crop = centre_crop(height, width, self.pixels)
-        size = smallest_decoded_size(crop, height, width, self.pixels)
-        frames = [self._reader.read(video, frame_index, size) for frame_index in frame_indices.tolist()]
-        write_clip(frames, crop, height, width, mirrored, out)
+    def _load_video(self, video: StoredVideo, epoch: int, out: Frame) -> int:
+        """Write the pixels of the views of one video into `out`, [V, T, H, W, 3]; return its label as shown."""
+        height, width, num_frames, label = video.height, video.width, len(video.frame_sizes), video.label
+        if not self.train:
+            views = spread_views(num_frames, height, width, self.sampling, self.pixels, self.num_clips, self.num_crops)
+            self._write_views(video, views, out)
+            return label
+        rng = clip_rng(self.seed, epoch, video.key)
+        frame_indices = self.sampling.draw(num_frames, rng).tolist()
+        crop = draw_train_crop(height, width, self.pixels, rng)
+        mirrored, label = draw_flip(label, self._mirror, self.flip, rng)
+        self._write_views(video, [View(frame_indices, crop, mirrored)], out)
+        augment_clip(out[0], self.augmentation, rng)
         return label
+
+    def _write_views(self, video: StoredVideo, views: list[View], out: Frame) -> None:
+        height, width = video.height, video.width
+        indices = sorted({frame_index for view in views for frame_index in view.frame_indices})
+        size = smallest_decoded_size(views[0].crop, height, width, self.pixels)
+        frames = dict(zip(indices, self._reader.read_frames(video, indices, size), strict=True))
+        for view, clip in zip(views, out, strict=True):
+            write_clip([frames[i] for i in view.frame_indices], view.crop, height, width, view.mirrored, clip)
 
 
 @dataclass(frozen=True, slots=True)
 class _BatchPlan:
-    """A batch still without pixels: each task fills its part of `clips` ([B, T, H, W, 3]) and returns the clip's label."""
+    """A batch still without pixels: each task fills its part of `views` ([B, V, T, H, W, 3]) and returns the label as shown."""
 
     tasks: list[Callable[[], int]]
-    clips: npt.NDArray[np.uint8]
+    views: npt.NDArray[np.uint8]
     keys: list[str]
     num_global: int
 
     def batch(self, labels: list[int]) -> Batch:
-        clips = torch.from_numpy(self.clips).permute(0, 1, 4, 2, 3)
-        return Batch(clips, torch.tensor(labels, dtype=torch.int64), self.keys, self.num_global)
+        clips = torch.from_numpy(self.views).flatten(0, 1).permute(0, 1, 4, 2, 3)
+        return Batch(clips, torch.tensor(labels, dtype=torch.int64), self.keys, self.num_global, self.views.shape[1])
 
 
 def _await_batch(plan: _BatchPlan, labels: list[Future[int]]) -> Batch:

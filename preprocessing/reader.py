@@ -3,10 +3,10 @@
 import functools
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import simplejpeg
 from infra.errors import DataError
 from infra.filesystems import FileRanges, Folder
 from preprocessing.index import INDEX_NAME, DatasetInfo, read_dataset_info, read_index
+from preprocessing.shard_cache import ShardCache
 
 _NUMBERS = ["height", "width", "sample_offset", "sample_bytes", "sample_crc32"]
 _LISTS = ["frame_offsets", "frame_sizes", "frame_crc32"]
@@ -24,9 +25,15 @@ _COLUMNS = ["key", "shard", "label", *_NUMBERS, *_LISTS]
 # A local shard takes a file descriptor; to open a remote one takes a request.
 _MAX_OPEN_SHARDS = 64
 _MAX_OPEN_REMOTE_SHARDS = 4096
+# An object store takes about as long to answer one more request as to send this much more. So all frames of a clip of
+# Something-Something, which lie in 350 kB, come by one.
+_MAX_GAP_BYTES = 512 << 10
 _JPEG_MARKER = b"\xff\xd8"
 # At half size or less libjpeg saves time (256 x 340 to 128 x 170: half of it); between half and full size it is slower.
 _MIN_REDUCTION = 2.0
+
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,39 +182,83 @@ class FrameReader:
     Args:
         shards: the split whose videos are read, or just the folder of the shard set. Of a split it is known how its shards must
             end, so each is checked when it is first opened: its size, and that nothing but zeros follows its last sample.
+        cache: of a remote split: shards are read from whole local copies. A copy whose bytes are wrong is fetched again, once.
+            Local shards need none and use none.
     """
 
-    def __init__(self, shards: ShardSplit | Folder | Path | str) -> None:
+    def __init__(self, shards: ShardSplit | Folder | Path | str, cache: ShardCache | None = None) -> None:
         self._folder = Folder(shards.path if isinstance(shards, ShardSplit) else shards)
         self._ends = shards.ends if isinstance(shards, ShardSplit) else {}
         self._checked: set[str] = set()
-        max_open = _MAX_OPEN_REMOTE_SHARDS if self._folder.local is None else _MAX_OPEN_SHARDS
-        self._open = functools.lru_cache(maxsize=max_open)(self._open_shard)
+        is_remote = self._folder.local is None
+        self._cache = cache if is_remote else None
+        self._max_gap = _MAX_GAP_BYTES if is_remote and cache is None else 0
+        self._open: Callable[[str], FileRanges] = self._open_shard
+        if self._cache is None:  # a copy that stayed open would take disk space after its removal
+            max_open = _MAX_OPEN_REMOTE_SHARDS if is_remote else _MAX_OPEN_SHARDS
+            self._open = functools.lru_cache(maxsize=max_open)(self._open_shard)
 
     def read(self, video: StoredVideo, frame_index: int, smallest_size: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
-        """Read and decode one frame.
+        """Read and decode one frame, as `read_frames` does. Shape: [H, W, 3]."""
+        return self.read_frames(video, [frame_index], smallest_size)[0]
+
+    def read_frames(
+        self, video: StoredVideo, frame_indices: Sequence[int], smallest_size: tuple[int, int] = (0, 0)
+    ) -> list[npt.NDArray[np.uint8]]:
+        """Read and decode frames of one video. Remote frames that are near each other come by one request.
 
         Args:
             video: from `ShardSplit.video`.
-            frame_index: from 0.
+            frame_indices: from 0, in rising order.
             smallest_size: (height, width) that would do. If half the frame's size or less will do, the frame is decoded at
                 n/8 of its size, which is twice as fast and gives slightly other pixels than decoding and resizing.
                 (0, 0) decodes at full size.
 
         Returns:
-            RGB pixels. Shape: [H, W, 3], or the reduced size.
+            RGB pixels of each. Shape: [H, W, 3], or the reduced size.
 
         Raises:
             DataError: if the bytes cannot be read, do not have the checksum of the index, are no whole JPEG, or have another
                 size than the index says; names the frame, the video and the shard.
         """
+        frames = self._with_shard(video.shard, lambda: self._read_jpegs(video, frame_indices))
+        pixels = []
+        for frame_index, data in zip(frame_indices, frames, strict=True):
+            try:
+                pixels.append(_decode(data, video.height, video.width, smallest_size))
+            except ValueError as error:
+                raise self._cannot_read(f"frame {frame_index} of video {video.key}", video.shard, error) from error
+        return pixels
+
+    def _read_jpegs(self, video: StoredVideo, frame_indices: Sequence[int]) -> list[bytes]:
+        """The bytes of some frames, which have the checksums of the index."""
+        what = f"frame {frame_indices[0]} of video {video.key}"
+        frames = []
         try:
             shard = self._open(video.shard)
-            data = shard.read(int(video.frame_offsets[frame_index]), int(video.frame_sizes[frame_index]))
-            _check_crc32(data, int(video.frame_crc32[frame_index]))
-            return _decode(data, video.height, video.width, smallest_size)
+            for run in _near_runs(video, frame_indices, self._max_gap):
+                what = f"frame {run[0]} of video {video.key}"
+                start = int(video.frame_offsets[run[0]])
+                data = shard.read(start, int(video.frame_offsets[run[-1]]) + int(video.frame_sizes[run[-1]]) - start)
+                for frame_index in run:
+                    what = f"frame {frame_index} of video {video.key}"
+                    offset = int(video.frame_offsets[frame_index]) - start
+                    frames.append(data[offset : offset + int(video.frame_sizes[frame_index])])
+                    _check_crc32(frames[-1], int(video.frame_crc32[frame_index]))
         except (OSError, ValueError) as error:
-            raise self._cannot_read(f"frame {frame_index} of video {video.key}", video.shard, error) from error
+            raise self._cannot_read(what, video.shard, error) from error
+        return frames
+
+    def _with_shard(self, name: str, read: Callable[[], _Read]) -> _Read:
+        """What `read` gives; if a cached copy of the shard may be the reason that it fails, the copy is fetched again."""
+        try:
+            return read()
+        except DataError:
+            if self._cache is None:
+                raise
+        self._cache.discard(self._folder, name)
+        self._checked.discard(name)
+        return read()
 
     def read_sample(self, video: StoredVideo) -> list[bytes]:
         """Read the JPEG files of all frames of a video, in order, without decoding them.
@@ -218,6 +269,9 @@ class FrameReader:
             DataError: if the bytes cannot be read or do not have the checksum of the index; names the video and the shard, and
                 the first frame that is hurt if there is one.
         """
+        return self._with_shard(video.shard, lambda: self._read_sample(video))
+
+    def _read_sample(self, video: StoredVideo) -> list[bytes]:
         what = f"the sample of video {video.key}"
         try:
             data = self._open(video.shard).read(video.sample_offset, video.sample_bytes)
@@ -236,7 +290,10 @@ class FrameReader:
             raise self._cannot_read(what, video.shard, error) from error
 
     def _open_shard(self, name: str) -> FileRanges:
-        shard = self._folder.open_ranges(name)
+        if self._cache is None:
+            shard = self._folder.open_ranges(name)
+        else:
+            shard = self._cache.open(self._folder, name, self._ends[name].num_bytes)
         if name not in self._checked and name in self._ends:
             _check_shard_size(f"{self._folder}/{name}", shard.size, self._ends[name].num_bytes)
             self._check_end(name, shard)
@@ -263,6 +320,20 @@ class FrameReader:
             f"{what} in {self._folder}/{shard} cannot be read: {error}; "
             f"list all that is broken with `sagsm shards verify {self._folder}`, then run the shards stage again"
         )
+
+
+def _near_runs(video: StoredVideo, frame_indices: Sequence[int], max_gap: int) -> list[list[int]]:
+    """The frames in runs, each of which is read at once: at most `max_gap` bytes lie between two frames of a run."""
+    runs: list[list[int]] = []
+    end = 0
+    for frame_index in frame_indices:
+        start = int(video.frame_offsets[frame_index])
+        if runs and 0 <= start - end <= max_gap:
+            runs[-1].append(frame_index)
+        else:
+            runs.append([frame_index])
+        end = start + int(video.frame_sizes[frame_index])
+    return runs
 
 
 def _check_crc32(data: bytes, expected: int) -> None:

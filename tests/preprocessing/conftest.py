@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -37,3 +39,14 @@ def tiny_shard_dir(tmp_path_factory):
         write_shard(plan, FolderSource(root), output_dir, settings)
     finish_shard_set(output_dir, index, plans, settings, "something_v1")
     return output_dir
+
+
+@pytest.fixture
+def s3_reads(caplog):
+    """Counts the requests for the bytes of a file that the server of `s3_url` has answered: `s3_reads("name")`."""
+    caplog.set_level(logging.INFO, logger="werkzeug")
+
+    def count(name):
+        return sum("GET /" in record.getMessage() and f"{name} " in record.getMessage() for record in caplog.records)
+
+    return count

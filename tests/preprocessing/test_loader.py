@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import threading
 from collections import Counter
@@ -8,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError, DataError
+from preprocessing.augment import Augmentation
+from preprocessing.clip_ledger import ClipLedger
 from preprocessing.loader import make_loader, open_shards
+from preprocessing.shard_cache import ShardCache
+from preprocessing.views import FrameSampling, spread_views
 
 NUM_TRAIN = 23
+AUGMENTED = Augmentation(num_ops=2, erase_probability=0.5)
 
 
 def video_of(key):
@@ -132,9 +138,40 @@ def test_steps_that_others_began_have_the_same_clips_at_any_world_size(train_spl
         loader_of(train_split, world_size=world_size).divide(12)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("changes", [{}, {"augmentation": AUGMENTED, "shuffle_shards": 1}, {"train": False, "num_crops": 3}])
+def test_every_epoch_shows_the_split_exactly(train_split, world_size, num_workers, changes):
+    settings = {
+        "num_segments": 2,
+        "pixels": 8,
+        "batch_size": 3,
+        "num_workers": num_workers,
+        "world_size": world_size,
+        **changes,
+    }
+    loaders = [loader_of(train_split, rank=rank, **settings) for rank in range(world_size)]
+    for _ in range(2):
+        epochs = [epoch_of(loader) for loader in loaders]
+        assert Counter(key for epoch in epochs for batch in epoch for key in batch[2]) == Counter(train_split.keys)
+        ledgers = [ClipLedger().add(key for batch in epoch for key in batch[2]) for epoch in epochs]
+        assert sum(ledgers, start=ClipLedger()) == ClipLedger().add(train_split.keys)
+
+
+def test_locality_is_the_same_at_any_world_size_and_keeps_neighbours_together(train_split):
+    shard_of = {train_split.video(row).key: train_split.video(row).shard for row in range(len(train_split))}
+    orders = [loader_of(train_split, shuffle_shards=1, world_size=size).epoch_keys(2) for size in (1, 2, 3)]
+    assert orders[0] == orders[1] == orders[2]
+    shards = [shard_of[key] for key in orders[0]]
+    assert sum(shard != other for shard, other in itertools.pairwise(shards)) == 2, "one of three after another"
+    assert orders[0] != loader_of(train_split).epoch_keys(2)
+    assert loader_of(train_split).epoch_keys(2) == loader_of(train_split, shuffle_shards=3).epoch_keys(2), "local: all of them"
+
+
 @pytest.mark.parametrize("num_workers", [1, 4])
-def test_threads_do_not_change_the_batches(train_split, num_workers):
-    alone, threaded = loader_of(train_split), loader_of(train_split, num_workers=num_workers)
+@pytest.mark.parametrize("changes", [{}, {"augmentation": AUGMENTED, "shuffle_shards": 2, "sampling": "dense", "stride": 2}])
+def test_threads_do_not_change_the_batches(train_split, num_workers, changes):
+    alone, threaded = loader_of(train_split, **changes), loader_of(train_split, **changes, num_workers=num_workers)
     for _ in range(2):
         assert_same(epoch_of(threaded), epoch_of(alone))
 
@@ -229,6 +266,15 @@ def test_training_needs_labels_and_testing_does_not(tiny_shard_dir):
         ({"flip": "both"}, "flip is 'both'; expected one of swap, none, naive"),
         ({"subset": 24}, "subset is 24; expected 1 to 23, the videos in split train of"),
         ({"subset": 0}, "subset is 0; expected 1 to 23"),
+        ({"shuffle_shards": 0}, "shuffle_shards is 0; expected at least 1"),
+        ({"sampling": "sparse"}, "sampling is 'sparse'; expected one of segments, dense"),
+        ({"num_clips": 3, "train": False}, "num_clips is 3; expected one of 1, 2, 10"),
+        ({"num_crops": 2, "train": False}, "num_crops is 2; expected one of 1, 3, 5, 10"),
+        ({"num_clips": 2}, "2 views of a video are for testing; train with num_clips=1 and num_crops=1"),
+        (
+            {"num_crops": 10, "train": False},
+            "num_crops is 10, but the mirror image of 'moving left' has another label; use 5, or flip='naive'",
+        ),
         (
             {"subset": 3, "world_size": 4},
             "3 clips in 1 steps do not give each of 4 workers a clip in each step; use fewer workers",
@@ -243,3 +289,76 @@ def test_wrong_settings_are_named(train_split, changes, message):
 def test_seeking_past_the_end_is_an_error(train_split):
     with pytest.raises(ConfigError, match="cannot go to epoch 0, step 7; expected epoch >= 0 and step 0 to 6"):
         loader_of(train_split).seek(0, 7)
+
+
+@pytest.mark.parametrize(("num_clips", "num_crops"), [(1, 3), (2, 1), (2, 5), (10, 10)])
+@pytest.mark.parametrize("sampling", ["segments", "dense"])
+def test_views_of_a_video_are_adjacent_and_in_order(train_split, num_clips, num_crops, sampling):
+    """Blue tells the frame, the slope of red the place of the window and whether it is mirrored."""
+    settings = {"train": False, "flip": "naive", "sampling": sampling, "stride": 2, "num_workers": 2}
+    loader = loader_of(train_split, **settings, num_clips=num_clips, num_crops=num_crops)
+    num_views = num_clips * num_crops
+    shown = []
+    for batch in loader:
+        assert batch.num_views == num_views
+        assert batch.clips.shape == (len(batch.keys) * num_views, 4, 3, 16, 16)
+        assert batch.clips.permute(0, 1, 3, 4, 2).is_contiguous()
+        assert len(batch.labels) == len(batch.keys) <= 4
+        assert batch.num_global == len(batch.keys)
+        shown += batch.keys
+        for key, views in zip(batch.keys, batch.clips.float().split(num_views), strict=True):
+            num_frames = 3 + video_of(key) % 10
+            plan = spread_views(num_frames, 20, 28, FrameSampling(4, sampling, 2), 16, num_clips, num_crops)
+            for view, clip in zip(plan, views, strict=True):
+                assert (clip[:, 1] - 8 * video_of(key)).abs().max() <= 3
+                assert (clip[:, 2].mean(dim=(1, 2)) - 20 * torch.tensor(view.frame_indices)).abs().max() <= 3
+                red = (view.crop.left + view.crop.width / 2 - 0.5) / 27 * 250
+                assert (clip[:, 0].mean() - red).abs() <= 4
+                assert bool(clip[0, 0, :, -1].mean() < clip[0, 0, :, 0].mean()) == view.mirrored
+    assert shown == train_split.keys
+
+
+def test_one_view_is_what_it_always_was(train_split):
+    plain, named = loader_of(train_split, train=False), loader_of(train_split, train=False, num_clips=1, num_crops=1)
+    assert_same(epoch_of(plain), epoch_of(named))
+    assert next(iter(plain)).num_views == 1
+
+
+def test_dense_training_clips_are_windows_inside_the_video(train_split):
+    starts = set()
+    loader = loader_of(train_split, sampling="dense", stride=2, flip="none", num_segments=3)
+    for _ in range(6):
+        for batch in loader:
+            for clip, key in zip(batch.clips.float(), batch.keys, strict=True):
+                num_frames = 3 + video_of(key) % 10
+                indices = (clip[:, 2].mean(dim=(1, 2)) / 20).round().int().tolist()
+                assert 0 <= indices[0] <= indices[1] <= indices[2] < num_frames
+                if num_frames >= 6:
+                    assert indices == [indices[0], indices[0] + 2, indices[0] + 4]
+                    starts.add(indices[0])
+    assert starts >= set(range(6))
+
+
+def test_augmentation_changes_clips_and_nothing_else(train_split):
+    plain, augmented = (epoch_of(loader_of(train_split, augmentation=a)) for a in (Augmentation(), AUGMENTED))
+    assert [batch[2] for batch in plain] == [batch[2] for batch in augmented]
+    assert all(torch.equal(batch[1], other[1]) for batch, other in zip(plain, augmented, strict=True))
+    changed = [
+        not torch.equal(clip, other)
+        for batch, others in zip(plain, augmented, strict=True)
+        for clip, other in zip(batch[0], others[0], strict=True)
+    ]
+    assert sum(changed) > NUM_TRAIN / 2
+    tested = [epoch_of(loader_of(train_split, augmentation=a, train=False)) for a in (Augmentation(), AUGMENTED)]
+    assert_same(*tested)
+
+
+def test_a_cache_must_hold_the_shards_that_clips_come_from(train_split, tmp_path):
+    largest = max(end.num_bytes for end in train_split.ends.values())
+    cache = ShardCache(tmp_path, 2 * largest)
+    loader_of(train_split, cache=cache, shuffle_shards=1)
+    message = (
+        rf"the shard cache holds {2 * largest} bytes; expected at least {3 * largest}, since clips come from 3 shards at a"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loader_of(train_split, cache=cache, shuffle_shards=5)

@@ -287,3 +287,35 @@ def test_an_index_of_another_set_is_an_error(tiny_shard_dir, monkeypatch, change
 def test_an_unknown_split_names_those_there_are(tiny_shard_dir):
     with pytest.raises(DataError, match="no sample of split 'validation'; it has test, train"):
         open_shards(tiny_shard_dir, "validation")
+
+
+def test_remote_frames_that_are_near_each_other_come_by_one_request(tiny_shard_dir, s3_url, s3_reads, monkeypatch):
+    remote = Folder(f"{s3_url}/ranges")
+    for path in tiny_shard_dir.iterdir():
+        remote.write_bytes(path.name, path.read_bytes())
+    split = open_shards(remote, "train")
+    video = max(map(split.video, range(len(split))), key=lambda video: len(video.frame_sizes))
+    indices = [0, 3, 4, 9, len(video.frame_sizes) - 1]
+    expected = FrameReader(tiny_shard_dir).read_frames(video, indices)
+    for max_gap, num_requests in ((512 << 10, 1), (1024, 4), (0, 5)):
+        monkeypatch.setattr(reader, "_MAX_GAP_BYTES", max_gap)
+        frames = FrameReader(split)
+        frames.read(video, 1)  # the shard is open and its end is checked
+        before = s3_reads(video.shard)
+        found = frames.read_frames(video, indices)
+        assert s3_reads(video.shard) - before == num_requests
+        assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_damaged_frame_inside_a_range_is_named(tiny_shard_dir, s3_url):
+    remote = Folder(f"{s3_url}/range")
+    for path in tiny_shard_dir.iterdir():
+        remote.write_bytes(path.name, path.read_bytes())
+    split = open_shards(remote, "train")
+    video = split.video(1)
+    data = bytearray(remote.read_bytes(video.shard))
+    data[int(video.frame_offsets[2]) + 3] ^= 1
+    remote.write_bytes(video.shard, data)
+    FrameReader(split).read_frames(video, [0, 1])
+    with pytest.raises(DataError, match=rf"frame 2 of video {video.key} in {remote}/{video.shard} cannot be read: .*checksum"):
+        FrameReader(split).read_frames(video, [0, 1, 2])

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing.segments import segment_indices
+from preprocessing.segments import dense_indices, segment_indices
 
 lengths = st.integers(1, 2000)
 segment_counts = st.integers(1, 64)
@@ -56,3 +56,30 @@ def test_short_videos_repeat_frames():
 def test_nothing_to_pick_is_an_error(num_frames, num_segments):
     with pytest.raises(ValueError, match=f"got {num_frames} frames and {num_segments} segments; both must be at least 1"):
         segment_indices(num_frames, num_segments)
+
+
+strides = st.integers(1, 20)
+
+
+@given(num_frames=lengths, num_segments=segment_counts, stride=strides, seed=st.none() | st.integers(0, 2**32))
+def test_dense_indices_are_in_order_and_inside_the_video(num_frames, num_segments, stride, seed):
+    rng = None if seed is None else np.random.default_rng(seed)
+    indices = dense_indices(num_frames, num_segments, stride, rng)
+    assert indices.shape == (num_segments,)
+    assert indices.dtype == np.int64
+    assert indices[0] >= 0
+    assert indices[-1] < num_frames
+    if num_frames >= num_segments * stride:
+        assert (np.diff(indices) == stride).all()
+    else:
+        assert (np.diff(indices) >= 0).all()
+        assert np.diff(indices).max(initial=0) <= stride
+
+
+def test_dense_windows_are_drawn_equally_often_and_tested_in_the_centre():
+    rng = np.random.default_rng(0)
+    starts = [int(dense_indices(20, 4, 4, rng)[0]) for _ in range(5000)]
+    assert np.abs(np.bincount(starts, minlength=5) - 1000).max() < 120
+    assert dense_indices(20, 4, 4).tolist() == [2, 6, 10, 14]
+    with pytest.raises(ValueError, match="got a stride of 0 frames; it must be at least 1"):
+        dense_indices(20, 4, 0)

@@ -71,6 +71,26 @@ def test_every_clip_is_scored_once_whatever_the_batch_size(clips: Tensor) -> Non
     assert model.training
 
 
+@pytest.mark.parametrize("num_views", [1, 2, 6])
+def test_scores_are_averaged_over_views(num_views: int) -> None:
+    views = torch.randint(0, 256, (5 * num_views, 2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    model = TinyClassifier()
+    with torch.no_grad():
+        model.classify[1].weight.mul_(50)  # type: ignore[operator, union-attr]
+    keys, labels = list("abcde"), torch.arange(5) % 4
+    batches = [Batch(views[: 3 * num_views], labels[:3], keys[:3], 3, num_views)]
+    batches.append(Batch(views[3 * num_views :], labels[3:], keys[3:], 2, num_views))
+    scores = score_clips(model, batches, CPU)
+    assert scores.keys == keys
+    expected = model.eval()(model.prepare(views)).detach()
+    np.testing.assert_allclose(
+        softmax(scores.logits, axis=1), expected.softmax(1).view(5, num_views, 4).mean(1), rtol=1e-4, atol=1e-6
+    )
+    if num_views == 1:
+        np.testing.assert_allclose(scores.logits, expected, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(scores.logits).all()
+
+
 def test_bf16_gives_float32_scores_that_are_close(clips: Tensor) -> None:
     model = TinyClassifier()
     exact, rough = (score_clips(model, FixedBatches(clips, 4), CPU, precision) for precision in ("fp32", "bf16"))
