@@ -1,4 +1,4 @@
-"""What people see of long work: bars with the time left on a terminal, few plain lines elsewhere, nothing on standard output."""
+"""What people see of long work: bars with the time left on a terminal, few plain lines elsewhere."""
 
 import os
 import pty
