@@ -294,7 +294,7 @@ def _result(reference: Any, name: str) -> ShardReport:
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, SagsmError):
-            raise type(cause)(f"shard {name}: {cause}") from error
+            raise type(cause)(str(cause) if name in str(cause) else f"shard {name}: {cause}") from error
         tried = f"shard {name} was tried {_MAX_RETRIES + 1} times and failed with {cause!r}"
         if isinstance(cause, TimeoutError):
             raise ClusterError(f"{tried}; look at its videos and at the nodes' disks and network, then run again") from error

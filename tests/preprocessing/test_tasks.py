@@ -128,7 +128,7 @@ def test_full_disk_names_the_shard_and_stops_the_others(root: Path, plans: Shard
         pytest.skip("this machine does not allow a tmpfs mount")
     try:
         (tmp_path / "filler").write_bytes(bytes(60_000))
-        with pytest.raises(PipelineError, match=r"^shard train-00000\d\.tar: no space left for shard .*; free some space"):
+        with pytest.raises(PipelineError, match=r"^no space left for shard train-00000\d\.tar in .*; free some space"):
             write_shards(plans, FolderSource(root), tmp_path, SETTINGS)
         assert not list(tmp_path.glob("*.parquet"))
     finally:
