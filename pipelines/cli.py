@@ -46,7 +46,9 @@ def main() -> None:
         app(standalone_mode=True)
     except SagsmError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # not by way of the libraries: a thread of theirs once aborted the process there, with code 134
 
 
 @app.command()
