@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 OnProgress = Callable[[int, int, str], None]
 """Called as `on_progress(done, total, text)`; `text` is what the stage counts, with its rate ("412 frames/s")."""
@@ -31,11 +32,13 @@ class StageProgress:
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<9}"),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            # It gets what is left of a narrow terminal; otherwise Rich would cut the time left as well.
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self._console,
+            expand=True,
         )
 
     def __enter__(self) -> "StageProgress":
@@ -44,7 +47,8 @@ class StageProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:  # elsewhere it would print an empty line
+            self._bars.stop()
 
     def say(self, text: str) -> None:
         """Print one line of plain text above the bars."""

@@ -54,7 +54,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             overrides[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of --set {assignment!r} is not YAML: {error}; put it in quotes") from error
+            reason = getattr(error, "problem", None) or "an odd character"  # the whole message takes many lines
+            raise ConfigError(
+                f"--set {assignment!r} has a value that is not YAML ({reason}); put it in quotes: --set '{name}=\"...\"'"
+            ) from error
     return overrides
 
 
@@ -110,7 +113,9 @@ def explain_validation_error(error: ValidationError) -> str:
         dotted = ".".join(str(part) for part in item["loc"])
         shown = item["type"] != "missing" and not isinstance(item["input"], dict)
         found = f" (found {item['input']!r})" if shown else ""
-        lines.append(f"{dotted or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found}")
+        # YAML takes 2026, 2026-01-01 and yes for a number, a date and a truth value, and ~ for nothing.
+        quotes = f"; if it is meant as text, put it in quotes: {dotted}='\"...\"'" if item["type"] == "string_type" else ""
+        lines.append(f"{dotted or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found}{quotes}")
     return "; ".join(lines)
 
 

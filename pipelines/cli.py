@@ -4,17 +4,15 @@ Tables are for people, `--json` is for programs: one JSON document as the last t
 standard error. Errors that a user can mend are one message and exit code 2.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from infra.errors import SagsmError
+from pipelines.printing import print_json, print_table
 from pipelines.shards_cli import shards_app
 
 app = typer.Typer(
@@ -48,7 +46,9 @@ def main() -> None:
         app(standalone_mode=True)
     except SagsmError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # not by way of the libraries: a thread of theirs once aborted the process there, with code 134
 
 
 @app.command()
@@ -86,7 +86,7 @@ def plan(
             }
             for item in planned
         ]
-        _print_json({"stages": rows, "training": training, **({"estimate": forecast[0]} if forecast else {})})
+        print_json({"stages": rows, "training": training, **({"estimate": forecast[0]} if forecast else {})})
         return
     print(f"{'stage':<10}{'needs':<42}{'status':<8}why")
     for item in planned:
@@ -114,18 +114,18 @@ def run(
     Example: sagsm run demo --set search.num_trials=6
     """
     from infra.progress import StageProgress
-    from pipelines.run import Interrupted, run_experiment
+    from pipelines.run import Interrupted, interruptible, run_experiment
 
     request = _request(experiment, set_, only, workdir, address)
     try:
-        with StageProgress() as progress:
+        with interruptible(), StageProgress() as progress:
             outcome = run_experiment(request, progress)
     except Interrupted as interrupt:
         print(f"stopped by {interrupt}; go on with: {_command('run', experiment, set_, only, workdir)}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(128 + interrupt.number)  # stage threads may hang in a call to the cluster that is gone
     if as_json:
-        _print_json(_run_document(outcome))
+        print_json(_run_document(outcome))
     if outcome.error is not None:
         raise outcome.error
     if not as_json:
@@ -175,9 +175,9 @@ def experiments(as_json: JsonOption = False) -> None:
 
     described = {name: " ".join((function.__doc__ or "").split("\n\n")[0].split()) for name, function in EXPERIMENTS.items()}
     if as_json:
-        _print_json({"experiments": [{"name": name, "description": text} for name, text in described.items()]})
+        print_json({"experiments": [{"name": name, "description": text} for name, text in described.items()]})
         return
-    _print_table(("experiment", "what it does"), list(described.items()))
+    print_table(("experiment", "what it does"), list(described.items()))
     print("next: sagsm plan NAME")
 
 
@@ -188,7 +188,7 @@ def models(as_json: JsonOption = False) -> None:
 
     facts = {name: describe_model(name, num_classes=174, num_segments=8) for name in list_models()}
     if as_json:
-        _print_json({"models": [{"name": name, **fact._asdict()} for name, fact in facts.items()]})
+        print_json({"models": [{"name": name, **fact._asdict()} for name, fact in facts.items()]})
         return
     rows: list[tuple[str, ...]] = [
         (
@@ -201,7 +201,7 @@ def models(as_json: JsonOption = False) -> None:
         )
         for name, fact in facts.items()
     ]
-    _print_table(("network", "parameters", "GMACs", "maps, MiB", "top-1", "source of the top-1"), rows)
+    print_table(("network", "parameters", "GMACs", "maps, MiB", "top-1", "source of the top-1"), rows)
 
 
 @app.command()
@@ -256,14 +256,3 @@ def _command(verb: str, experiment: str, set_: list[str] | None, only: str | Non
     if workdir != Path("work") and workdir != Path("work").absolute():
         parts += ["--workdir", str(workdir)]
     return shlex.join(parts)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, allow_nan=False))
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

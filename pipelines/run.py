@@ -86,7 +86,7 @@ def plan_experiment(request: Request) -> list[PlannedStage]:
 
 
 def run_experiment(request: Request, progress: StageProgress) -> Outcome:
-    """Run all that is not cached.
+    """Run all that is not cached; call it in a block of `interruptible`.
 
     Raises:
         SagsmError: the plan itself is impossible (raw data, settings, workdir); a failed stage is in the outcome instead.
@@ -102,7 +102,7 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         importlib.import_module(module)
     tracker = _open_tracker(request)
     tracker.close_abandoned_runs()
-    with _interruptible(), cluster.session(request.address), _killed_on_interrupt(tracker):
+    with cluster.session(request.address), _killed_on_interrupt(tracker):
         pipeline = tracker.start_run(
             tracker.next_name("p", request.experiment),
             parent=None,
@@ -209,8 +209,11 @@ def _say(progress: StageProgress, result: StageResult) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Interrupted` in the main thread, also while Ray is connected."""
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Interrupted` in the block, SIGINT even where a shell started us with `&`, which has it ignored.
+
+    Signal handlers belong to the main thread; in others nothing is changed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -229,7 +232,7 @@ def _interruptible() -> Iterator[None]:
 @contextmanager
 def _killed_on_interrupt(tracker: Tracker) -> Iterator[None]:
     """Stages run in threads that a signal does not reach, so their MLflow runs are closed here."""
-    with _interruptible():  # again, since starting Ray has put its own SIGTERM handler in place
+    with interruptible():  # again, since starting Ray has put its own SIGTERM handler in place
         try:
             yield
         except KeyboardInterrupt:

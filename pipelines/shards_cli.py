@@ -1,6 +1,5 @@
 """`sagsm shards verify | stats | heal | index`: looking at a shard set, mending it, making one out of tars made elsewhere."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from infra.errors import ConfigError, DataError, PipelineError
+from pipelines.printing import print_json, print_table
 
 shards_app = typer.Typer(
     help="Look at a shard set (a folder with dataset.json), mend it, or make one out of tars made elsewhere.",
@@ -37,7 +35,7 @@ def shards_verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
     with _system_errors_explained(), StageProgress() as progress:
         problems = [str(problem) for problem in verify_shards(_place(folder), progress.for_stage("verify"))]
     if as_json:
-        _print_json({"problems": problems})
+        print_json({"problems": problems})
     if problems:
         raise DataError(f"{len(problems)} problems in {folder}: " + "; ".join(problems[:_SHOWN]))
     if not as_json:
@@ -54,7 +52,7 @@ def shards_stats(folder: FolderArgument, as_json: JsonOption = False) -> None:
 
     stats = shard_stats(_place(folder))
     if as_json:
-        _print_json(stats)
+        print_json(stats)
     else:
         _print_stats(stats)
 
@@ -90,7 +88,7 @@ def shards_heal(
         on_progress = progress.for_stage("heal")
         report = heal_shards(_place(folder), _place(target), _writer(root, address, on_progress), on_progress)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         _print_healed(report)
 
@@ -137,7 +135,7 @@ def shards_index(
         )
     where = output or tars
     if as_json:
-        _print_json({"output": str(where), **counts})
+        print_json({"output": str(where), **counts})
         return
     print(f"{where}: {counts['kept']:,} samples kept, {counts['rejected']:,} rejected, {counts['frames']:,} frames in "
           f"{counts['shards']} tars")  # fmt: skip
@@ -211,13 +209,13 @@ def _print_healed(report: Any) -> None:
         f"{report.output}: {len(report.healed)} videos healed, {len(report.rejected)} still rejected; "
         f"{len(report.rewritten)} of {report.num_shards} shards written again"
     )
-    _print_table(("shard", "why it was written again"), list(report.rewritten.items()))
+    print_table(("shard", "why it was written again"), list(report.rewritten.items()))
     for title, videos in (("healed", report.healed), ("still rejected", report.rejected)):
         if videos:
             print()
             rows = [(video.video_id, video.shard, video.reason, video.detail[:100]) for video in videos[:_SHOWN]]
             was = "reason before" if title == "healed" else "reason"
-            _print_table((title, "shard", was, "what was found"), rows)
+            print_table((title, "shard", was, "what was found"), rows)
             if len(videos) > _SHOWN:
                 print(f"... and {len(videos) - _SHOWN} more; ledger.parquet has all")
     for note in report.notes:
@@ -232,28 +230,29 @@ def _print_stats(stats: dict[str, Any]) -> None:
         f"of {_megabytes(shards['min_bytes'])} to {_megabytes(shards['max_bytes'])}, {_megabytes(shards['bytes'])} in all"
         + (f"; decoding took {stats['decoding_seconds']:,.0f} s, all workers together" if stats["decoding_seconds"] else "")
     )
-    header = ("split", "kept", "rejected", "unlabelled", "frames", "JPEG", "JPEG a frame", "frames a video: min", "median")
-    rows = []
-    for split, row in stats["splits"].items():
-        spread = row["frames_per_video"]
-        frames = [f"{spread[word]:,.4g}" for word in ("min", "median", "mean", "max")] if spread else ["-"] * 4
-        per_frame = f"{row['bytes_per_frame'] / 1e3:,.1f} kB" if row["bytes_per_frame"] else "-"
-        numbers = [f"{row[word]:,}" for word in ("kept", "rejected", "unlabelled", "frames")]
-        rows.append((split, *numbers, _megabytes(row["jpeg_bytes"]), per_frame, *frames))
-    _print_table((*header, "mean", "max"), rows)
-    rows = []
+    print_table(("", *stats["splits"]), _split_rows(stats["splits"]), numbers_from=1)
     for split, row in stats["splits"].items():
         if spread := row["videos_per_class"]:
-            ends = [", ".join(f"{name} ({count:,})" for name, count in spread[word][:3]) for word in ("smallest", "largest")]
-            rows.append((split, *(f"{spread[word]:,.4g}" for word in ("min", "median", "max")), *ends))
-    if rows:
-        print()
-        _print_table(("videos a class", "min", "median", "max", "smallest", "largest"), rows)
+            print(f"\nvideos a class, {split}: {spread['min']:,} to {spread['max']:,}, median {spread['median']:,.4g}")
+            for word in ("smallest", "largest"):
+                print(f"  {word}: {', '.join(f'{name} ({count:,})' for name, count in spread[word][:3])}")
     print()
     rates = {"unknown" if row["fps"] is None else f"{row['fps']:g}": row["videos"] for row in stats["fps"]}
     for title, counts in (("sizes, height x width", stats["sizes"]), ("frames/s", rates)):
         print(f"{title}: {', '.join(f'{name} ({count:,})' for name, count in counts.items()) or 'none'}")
     _print_reasons(stats["reasons"])
+
+
+def _split_rows(splits: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row a number and a column a split, which fits a narrow terminal."""
+    rows = [(word, *(f"{split[word]:,}" for split in splits.values())) for word in ("kept", "rejected", "unlabelled", "frames")]
+    for word in ("min", "median", "mean", "max"):
+        spreads = [split["frames_per_video"] for split in splits.values()]
+        rows.append((f"frames a video, {word}", *(f"{spread[word]:,.4g}" if spread else "-" for spread in spreads)))
+    rows.append(("JPEG data", *(_megabytes(split["jpeg_bytes"]) for split in splits.values())))
+    each = [split["bytes_per_frame"] for split in splits.values()]
+    rows.append(("JPEG data a frame", *(f"{number / 1e3:,.1f} kB" if number else "-" for number in each)))
+    return rows
 
 
 def _print_reasons(reasons: dict[str, int]) -> None:
@@ -263,14 +262,3 @@ def _print_reasons(reasons: dict[str, int]) -> None:
 
 def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, allow_nan=False))
-
-
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table, markup=False)

@@ -273,7 +273,8 @@ def raw_listing(settings: DatasetSettings) -> str:
         synthetic = settings.synthetic.model_dump(mode="json")
         return sha256_json({"synthetic": synthetic, "layout": settings.name, "generator": GENERATOR_VERSION})
     if settings.root is None:
-        raise ConfigError(f"dataset.root is not set; expected the folder of {settings.name}; add --set dataset.root=DIR")
+        whose = "your videos" if settings.name == "folder" else settings.name
+        raise ConfigError(f"dataset.root is not set; expected the folder of {whose}; add --set dataset.root=DIR")
     root = Folder(settings.root)
     digest = hashlib.sha256()
     if settings.name == "folder":

@@ -157,6 +157,8 @@ def _explain_csv(name: str, data: bytes, error: Exception) -> NoReturn:
 def _check_columns(name: str, found: list[str]) -> None:
     for column in found:
         if column not in COLUMNS:
+            if ";" in column or "\t" in column:
+                raise DataError(f"{name} begins with {short(column)}; expected columns that commas separate; save it so")
             raise DataError(f"{name} has the column {short(column)}; {nearest(column[:200], COLUMNS)}; rename or remove it")
         if found.count(column) > 1:
             raise DataError(f"{name} has the column {column} twice; expected it once; remove one")

@@ -56,7 +56,7 @@ def write_shards(
         source: gives the frames.
         output: made if it does not exist.
         settings: the same for all shards.
-        on_progress: called with videos done and in all, and a text such as "120 videos/s, 4,100 frames/s, 52 MB/s, 3 rejected"
+        on_progress: called with videos done and in all, and a text such as "3 rejected, 120 videos/s, 4,100 frames/s, 52 MB/s"
             (MB of raw video read).
         max_in_flight: shards handed to the cluster at a time; None means twice as many as it has CPUs, so that none is idle.
         seconds_without_video: a task that finishes no video for so long is ended; None means the video's limit and 15 minutes.
@@ -248,7 +248,7 @@ class _Progress:
             self._written.append((now, videos + num_videos, frames + report.num_frames, source_bytes + report.source_bytes))
             while len(self._written) > 2 and self._written[1][0] < now - _SECONDS_OF_RATE:
                 self._written.popleft()
-            self._show(f"{self._rates()}, {rejected}")
+            self._show(f"{rejected}, {self._rates()}")  # a narrow terminal cuts the end
 
     def _rates(self) -> str:
         first, last = self._written[0], self._written[-1]
@@ -294,7 +294,7 @@ def _result(reference: Any, name: str) -> ShardReport:
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, SagsmError):
-            raise type(cause)(f"shard {name}: {cause}") from error
+            raise type(cause)(str(cause) if name in str(cause) else f"shard {name}: {cause}") from error
         tried = f"shard {name} was tried {_MAX_RETRIES + 1} times and failed with {cause!r}"
         if isinstance(cause, TimeoutError):
             raise ClusterError(f"{tried}; look at its videos and at the nodes' disks and network, then run again") from error

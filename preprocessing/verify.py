@@ -28,6 +28,8 @@ from infra.filesystems import Folder
 from infra.progress import OnProgress
 from infra.storage import sha256_file
 from preprocessing.index import INDEX_NAME, LEDGER_NAME, DatasetInfo, ShardInfo, open_table, read_dataset_info
+from preprocessing.planning import sidecar_name
+from preprocessing.shards import read_sidecar
 from preprocessing.tars import read_tar, tar_header
 
 _BLOCK_BYTES = 512
@@ -63,8 +65,9 @@ def verify_shards(place: Folder | Path | str, on_progress: OnProgress | None = N
 
     Each shard by its size and SHA-256; each sample by its place, its checksum, its headers and its label file; each frame by
     its place and its checksum, and by decoding it in full; the index and the ledger by their hashes, and against each other:
-    every video has one row, and every kept one its sample. Of tars made elsewhere (see `foreign.py`), headers, label files and
-    what lies between the samples are checked by the SHA-256 of the shard alone.
+    every video has one row, and every kept one its sample; each sidecar by the checksums of its pages and by the tar that it
+    belongs to. Of tars made elsewhere (see `foreign.py`), which have none, headers, label files and what lies between the
+    samples are checked by the SHA-256 of the shard alone.
 
     Args:
         place: the folder, local or remote.
@@ -154,7 +157,7 @@ def _check_shard(
     is_foreign = bool(info.settings.get("foreign"))
     if num_bytes is None:
         return [Problem(f"{name} is missing", name)]
-    problems = []
+    problems = [] if is_foreign else _check_sidecar(folder, name, shard)
     if num_bytes != shard.bytes:
         problems.append(Problem(f"{name} has {num_bytes} bytes, dataset.json says {shard.bytes}", name))
     try:
@@ -165,6 +168,17 @@ def _check_shard(
     except OSError as error:
         found = [Problem(f"{name} cannot be read: {error}", name)]
     return problems + found
+
+
+def _check_sidecar(folder: Folder, name: str, shard: ShardInfo) -> list[Problem]:
+    """No reader needs it, but without it the shard cannot be healed."""
+    try:
+        _, commit = read_sidecar(folder, sidecar_name(name))
+    except DataError as error:
+        return [Problem(f"{name}: {error}", name)]
+    if (commit.tar_sha256, commit.tar_bytes, commit.num_kept) == (shard.sha256, shard.bytes, shard.samples):
+        return []
+    return [Problem(f"{name}: {sidecar_name(name)} belongs to another tar than dataset.json says", name)]
 
 
 def _check_without_index(folder: Folder, name: str, shard: ShardInfo, is_foreign: bool) -> list[Problem]:

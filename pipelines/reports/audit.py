@@ -40,7 +40,7 @@ _REJECTED_SHOWN, _LABELS_SHOWN, _GROUPS_SHOWN, _SHORT_SHOWN, _PROBLEMS_SHOWN, _P
 _SIZES_SHOWN = _RATES_SHOWN = 10
 _DOUBTS_NAMES = 5
 
-Clip = tuple[str, str, list[npt.NDArray[np.uint8]]]  # label, key with the number of frames, frames
+Clip = tuple[str, str, list[npt.NDArray[np.uint8]]]  # label, video id with the number of frames, frames
 
 
 def write_audit(shards: Path | str, output_dir: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def write_audit(shards: Path | str, output_dir: Path) -> dict[str, Any]:
         "rejected": list(_named(_rejected(ledger).slice(0, _REJECTED_SHOWN), info)),
         "groups": _group_values(duplicates, info),
         "short": list(_named(short.slice(0, _SHORT_SHOWN), info)),
-        "sheets": {split: _draw_sheet(shards, output_dir / "figures", split) for split in labels},
+        "sheets": {split: _draw_sheet(shards, ledger, output_dir / "figures", split) for split in labels},
     }
     write_page(output_dir / FILE_NAME, "audit.html", values)
     return summary
@@ -272,10 +272,10 @@ def _group_values(duplicates: pa.Table, info: DatasetInfo) -> list[list[dict[str
     return list(groups.values())
 
 
-def _draw_sheet(place: Path | str, figures: Path, split: str) -> dict[str, list[dict[str, Any]]]:
+def _draw_sheet(place: Path | str, ledger: pa.Table, figures: Path, split: str) -> dict[str, list[dict[str, Any]]]:
     """Videos by label, for the page and as `clips_<split>.png`; none where they cannot be read."""
     try:
-        clips = list(_read_clips(place, split))
+        clips = list(_read_clips(place, ledger, split))
     except DataError:  # the page has the reason among its problems
         return {}
     draw_contact_sheet(figures / f"clips_{split}.png", [(f"{label}   {text}", frames) for label, text, frames in clips])
@@ -285,7 +285,7 @@ def _draw_sheet(place: Path | str, figures: Path, split: str) -> dict[str, list[
     return by_label
 
 
-def _read_clips(place: Path | str, split: str) -> Iterator[Clip]:
+def _read_clips(place: Path | str, ledger: pa.Table, split: str) -> Iterator[Clip]:
     shards = open_shards(place, split)
     reader = FrameReader(shards)
     for row in _pick_videos(shards.table["label"]):
@@ -293,7 +293,9 @@ def _read_clips(place: Path | str, split: str) -> Iterator[Clip]:
         name = shards.label_names[video.label] if video.label >= 0 else "no label"
         num_frames = len(video.frame_offsets)
         centres = [(2 * segment + 1) * num_frames // (2 * _SHEET_FRAMES) for segment in range(_SHEET_FRAMES)]
-        yield name, f"{video.key}, {num_frames} frames", [reader.read(video, index) for index in centres]
+        rows = ledger.filter(pc.equal(ledger["key"], video.key))["video_id"].to_pylist()
+        video_id = rows[0] if rows else video.key  # the ledger of a damaged set may lack it
+        yield name, f"{video_id}, {num_frames} frames", [reader.read(video, index) for index in centres]
 
 
 def _pick_videos(labels: pa.ChunkedArray) -> list[int]:

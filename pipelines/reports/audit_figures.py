@@ -32,11 +32,14 @@ _JPEG_QUALITY = 85
 def draw_label_counts(path: Path, counts: npt.NDArray[np.int64]) -> Path:
     """Draw the videos of each label as bars, the commonest first, with the ten and thirty commonest marked.
 
+    Labels without any video are counted and not drawn: of a part of a dataset they would leave a nearly empty picture.
+
     Args:
         path: of the PNG.
         counts: videos of each label. Shape: [number of labels].
     """
-    ordered = np.sort(counts)[::-1]
+    ordered = np.sort(counts[counts > 0])[::-1]
+    num_empty = len(counts) - len(ordered)
     figure = _new_figure(2.9)
     axes = figure.subplots()
     total = max(1, int(ordered.sum()))
@@ -53,7 +56,7 @@ def draw_label_counts(path: Path, counts: npt.NDArray[np.int64]) -> Path:
         else:  # too thin for gaps, and a second for each thousand
             axes.stairs(bars, np.arange(begin, begin + len(bars) + 1) + 0.5, fill=True, color=colour, label=label)
     axes.set_xlim(0.3, max(1, len(ordered)) + 0.7)
-    axes.set_xlabel("labels, the commonest first")
+    axes.set_xlabel("labels, the commonest first" + (f" ({num_empty:,} more have no video)" if num_empty else ""))
     axes.set_ylabel("videos")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(parts) > 1:

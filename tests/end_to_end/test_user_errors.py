@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,17 @@ def test_a_failed_stage_is_told_in_json_too(damaged, tmp_path):
     stages = {stage["name"]: stage["status"] for stage in json.loads(done.stdout)["stages"]}
     assert stages["index"] == "failed"
     assert set(stages.values()) == {"failed", "skipped"}
+
+
+def test_ctrl_c_before_the_first_stage_says_how_to_go_on(tmp_path):
+    """While libraries are loaded and before Ray has started."""
+    workdir = tmp_path / "work"
+    command = [SAGSM, "run", "demo", "--workdir", str(workdir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not workdir.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert stderr.strip() == f"stopped by SIGINT; go on with: sagsm run demo --workdir {workdir}"

@@ -53,11 +53,27 @@ def test_assignments_are_yaml():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("epochs", "expected NAME=VALUE"), ("=3", "expected NAME=VALUE"), ("a=[1", "is not YAML")],
+    [
+        ("epochs", "expected NAME=VALUE"),
+        ("=3", "expected NAME=VALUE"),
+        ("a=[1", "is not YAML .expected ',' or ']'"),
+        ("a=b\x01", "is not YAML .an odd character"),
+    ],
 )
-def test_a_malformed_assignment_is_refused(text, message):
-    with pytest.raises(ConfigError, match=message):
+def test_a_malformed_assignment_is_refused_in_one_line(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         parse_assignments([text])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["2026", "2026-01-01", "yes"])
+def test_a_text_that_yaml_takes_for_something_else_can_be_quoted(value):
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(Everything(), parse_assignments([f"name={value}"]))
+    advice = str(caught.value).rpartition(" ")[2]
+    assert advice == """name='"..."'"""
+    quoted = advice.replace("...", value).replace("'", "")  # as the shell passes it on
+    assert apply_overrides(Everything(), parse_assignments([quoted])).name == value
 
 
 @given(rate=st.floats(1e-6, 10), epochs=st.integers(1, 1000), name=st.text())

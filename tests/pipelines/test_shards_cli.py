@@ -108,6 +108,10 @@ def test_stats(shard_set: Path) -> None:
     text = run("stats", shard_set).stdout
     for part in ("2 classes", "3 shards", "going [bold]up (2)", "16x24 (5)", "unknown (5)", "rejected: 1 gap"):
         assert part in text
+    table = {
+        line.rsplit(maxsplit=1)[0]: line.split()[-1] for line in text.splitlines() if line.startswith(("kept", "frames a"))
+    }
+    assert table == {"kept": "5", **{f"frames a video, {word}": "3" for word in ("min", "median", "mean", "max")}}
     stats = document(run("stats", shard_set, "--json"))
     assert stats["splits"]["train"]["kept"] == 5
     assert stats["reasons"] == {"gap": 1}

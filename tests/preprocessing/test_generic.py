@@ -162,6 +162,7 @@ def test_rows_that_are_no_utf_8_are_named(tmp_path: Path) -> None:
         ("path,label\n", "lists no video"),
         ("path,labels\na.mp4,x\n", "has the column 'labels'; did you mean label?"),
         ("path,label,label\na.mp4,x,x\n", "has the column label twice"),
+        ("path;label\na.mp4;x\n", "begins with 'path;label'; expected columns that commas separate"),
         ("label\nx\n", "has no column path; found 'label'"),
         ("a.mp4,x\nb.mp4,x\n", "has the column 'a.mp4'"),
         ("path,label,split\na.mp4,x,test\n", "lists no video of the split train"),

@@ -24,7 +24,7 @@ from preprocessing import verify
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.finish import finish_shard_set
 from preprocessing.index import INDEX_SCHEMA, LEDGER_SCHEMA, FileInfo, dataset_json, read_dataset_info, read_index, read_ledger
-from preprocessing.planning import plan_shards
+from preprocessing.planning import plan_shards, sidecar_name
 from preprocessing.reader import FrameReader, open_shards
 from preprocessing.shards import ShardSettings, write_shard
 from preprocessing.sources import FolderSource
@@ -64,7 +64,7 @@ def copy(shard_set: Path, tmp_path: Path) -> Path:
 
 
 def restamp(folder: Path) -> None:
-    """Make dataset.json vouch for whatever lies in the folder now."""
+    """Make dataset.json and the sidecars vouch for whatever lies in the folder now."""
     info = read_dataset_info(folder)
     files = {name: FileInfo(sha256=sha256_file(folder / name), bytes=(folder / name).stat().st_size) for name in info.files}
     shards = {
@@ -72,6 +72,10 @@ def restamp(folder: Path) -> None:
         for name, shard in info.shards.items()
     }
     (folder / "dataset.json").write_bytes(dataset_json(info.model_copy(update={"files": files, "shards": shards})))
+    for name, shard in shards.items():
+        rows = pq.read_table(folder / sidecar_name(name))
+        commit = json.loads(rows.schema.metadata[b"sagsm.shard"]) | {"tar_sha256": shard.sha256, "tar_bytes": shard.bytes}
+        pq.write_table(rows.replace_schema_metadata({"sagsm.shard": json.dumps(commit)}), folder / sidecar_name(name))
 
 
 def change_index(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
@@ -151,6 +155,15 @@ def test_a_thousand_damages_of_tars_are_found_and_named(shard_set: Path) -> None
         finally:
             path.write_bytes(data)
     assert verify_shards(shard_set) == reader_errors(shard_set) == []
+
+
+def test_a_sidecar_that_is_damaged_missing_or_of_another_shard_is_found(copy: Path) -> None:
+    """Reading needs none, but a shard without it cannot be healed."""
+    sidecar, other = copy / "train-000001.parquet", (copy / "train-000000.parquet").read_bytes()
+    data = sidecar.read_bytes()
+    for damage in (lambda: sidecar.write_bytes(data[:-100]), lambda: sidecar.write_bytes(other), sidecar.unlink):
+        damage()
+        assert [problem.shard for problem in verify_shards(copy)] == ["train-000001.tar"]
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "ledger.parquet", "dataset.json"])

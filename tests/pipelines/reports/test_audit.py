@@ -97,6 +97,7 @@ def test_the_page_shows_everything_and_runs_nothing(
         assert name in "".join(page.text)
     assert "Another set in the layout of Something-Something V1" in text
     assert "No two videos have the same frames." in text
+    assert "validation-1, 4 frames" in text  # clips go by the ids of their videos, not by their keys in the tar
     assert "Moving something from left to right Moving something from right to left" in text  # the pair
     assert "7 x" not in text  # nothing was computed in a template
     num_strips = 6 * 2 + 6 + 1  # of train, of validation with a video a class, of test

@@ -19,6 +19,14 @@ def test_any_number_of_labels_gives_a_sharp_picture(tmp_path: Path, counts: list
         assert picture.getpixel((0, 0))[3] == 0  # no background, so that it suits light and dark pages
 
 
+def test_labels_without_a_video_leave_no_gap(tmp_path: Path) -> None:
+    """Of a part of a dataset most labels have none; bars fill the picture all the same."""
+    pixels = np.asarray(Image.open(draw_label_counts(tmp_path / "l.png", np.array([7] * 8 + [0] * 166))))
+    middle = pixels[pixels.shape[0] // 2]
+    is_blue = (middle[:, 2] > middle[:, 0].astype(int) + 60) & (middle[:, 3] > 0)
+    assert is_blue[200:-100].mean() > 0.7
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.dictionaries(st.text(max_size=8), st.lists(st.integers(1, 10**6), max_size=5), max_size=4), st.booleans())
 def test_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, values: dict[str, list[int]], whole: bool) -> None:
