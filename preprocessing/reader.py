@@ -183,7 +183,7 @@ class FrameReader:
         shards: the split whose videos are read, or just the folder of the shard set. Of a split it is known how its shards must
             end, so each is checked when it is first opened: its size, and that nothing but zeros follows its last sample.
         cache: of a remote split: shards are read from whole local copies. A copy whose bytes are wrong is fetched again, once.
-            Local shards need none and use none.
+            Local shards use none.
     """
 
     def __init__(self, shards: ShardSplit | Folder | Path | str, cache: ShardCache | None = None) -> None:
@@ -197,6 +197,15 @@ class FrameReader:
         if self._cache is None:  # a copy that stayed open would take disk space after its removal
             max_open = _MAX_OPEN_REMOTE_SHARDS if is_remote else _MAX_OPEN_SHARDS
             self._open = functools.lru_cache(maxsize=max_open)(self._open_shard)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether shards are read from local copies."""
+        return self._cache is not None
+
+    def fetch(self, shard: str) -> None:
+        """Let the cache have a shard before it is needed."""
+        self._open(shard)
 
     def read(self, video: StoredVideo, frame_index: int, smallest_size: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
         """Read and decode one frame, as `read_frames` does. Shape: [H, W, 3]."""
