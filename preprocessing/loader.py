@@ -22,6 +22,7 @@ import torch
 from infra.errors import ConfigError, DataError
 from infra.filesystems import Folder
 from preprocessing.augment import NO_AUGMENTATION, Augmentation, augment_clip
+from preprocessing.fetch_ahead import FetchAhead
 from preprocessing.labels import mirror_labels
 from preprocessing.order import shuffled_rows
 from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
@@ -105,7 +106,7 @@ def make_loader(
         augmentation: of training, after crop and flip; testing makes none.
         shuffle_shards: how many shards the training clips that are near each other come from; None for all if the shards are
             local, for 16 if they are remote.
-        cache: of remote shards; must hold as many as clips come from at a time. None reads them in pieces, whenever needed.
+        cache: of remote shards; must hold two more than clips come from at a time. None reads just the frames, when needed.
 
     Raises:
         ConfigError: if an argument is out of range, if there are too few videos to give each rank one in each step, if the
@@ -167,12 +168,13 @@ class Loader:
         self.divide(-(-self.num_videos // (self.batch_size * self.world_size)))
         if self.train:
             self._check_labels()
-        self._check_cache()
-        shard_names = self.shards.table["shard"].slice(0, self.num_videos).combine_chunks()
-        self._shard_numbers = shard_names.dictionary_encode().indices.to_numpy().astype(np.int64)
+        shards = self.shards.table["shard"].slice(0, self.num_videos).combine_chunks().dictionary_encode()
+        self._shard_names, self._shard_numbers = shards.dictionary, shards.indices.to_numpy().astype(np.int64)
         # Enough batches under way to keep all threads busy while the caller holds one.
         self._num_prefetched = max(2, 1 + -(-self.num_workers // self.batch_size))
         self._reader = FrameReader(self.shards, self.cache)
+        if self.cache is not None and self._reader.is_cached:
+            self._check_cache(self.cache)
         self._epoch = 0
         self._step = 0
 
@@ -247,15 +249,14 @@ class Loader:
                 "use 5, or flip='naive' if that does not matter"
             )
 
-    def _check_cache(self) -> None:
-        if self.cache is None:
-            return
-        num_shards = min(self.shuffle_shards, len(self.shards.ends)) if self.train else 1
+    def _check_cache(self, cache: ShardCache) -> None:
+        """Those that clips come from, the next one and one still under way must fit."""
+        num_shards = min((self.shuffle_shards if self.train else 1) + 2, len(self._shard_names))
         num_bytes = num_shards * max(end.num_bytes for end in self.shards.ends.values())
-        if self.cache.max_bytes < num_bytes:
+        if cache.max_bytes < num_bytes:
             raise ConfigError(
-                f"the shard cache holds {self.cache.max_bytes} bytes; expected at least {num_bytes}, since clips come from "
-                f"{num_shards} shards at a time: enlarge it, lower shuffle_shards or use no cache"
+                f"the shard cache holds {cache.max_bytes} bytes; expected at least {num_bytes}, since {num_shards} shards are "
+                "in use at a time: enlarge it, lower shuffle_shards or use no cache"
             )
 
     def _check_labels(self) -> None:
@@ -274,15 +275,19 @@ class Loader:
         return shuffled_rows(self._shard_numbers, self.seed, epoch, self.shuffle_shards)
 
     def _iterate(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        plans = self._plan_batches(epoch, first_step)
+        rows = self._epoch_rows(epoch)
+        plans = self._plan_batches(rows, epoch, first_step)
         if self.num_workers == 0:
             for plan in plans:
                 yield plan.batch([load_clip() for load_clip in plan.tasks])
             return
+        ahead = self._fetch_ahead(rows, first_step) if self._reader.is_cached else None
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="loader")
         under_way: deque[tuple[_BatchPlan, list[Future[int]]]] = deque()
         try:
-            for plan in plans:
+            for number, plan in enumerate(plans):
+                if ahead is not None:
+                    ahead.reach(number)
                 under_way.append((plan, [pool.submit(load_clip) for load_clip in plan.tasks]))
                 if len(under_way) > self._num_prefetched:
                     yield _await_batch(*under_way.popleft())
@@ -290,14 +295,29 @@ class Loader:
                 yield _await_batch(*under_way.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if ahead is not None:
+                ahead.close()
 
-    def _plan_batches(self, epoch: int, first_step: int) -> Iterator["_BatchPlan"]:
-        rows = self._epoch_rows(epoch)
+    def _fetch_ahead(self, rows: npt.NDArray[np.int64], first_step: int) -> FetchAhead:
+        """Let the cache fetch shards about as many steps before they are needed as a shard's clips fill."""
+        names = self._shard_names.to_pylist()
+        shards = [
+            {names[number] for number in np.unique(self._shard_numbers[self._rank_rows(rows, step)[0]])}
+            for step in range(first_step, self._num_steps)
+        ]
+        return FetchAhead(self._reader.fetch, shards, -(-self._num_steps // len(names)))
+
+    def _rank_rows(self, rows: npt.NDArray[np.int64], step: int) -> tuple[npt.NDArray[np.int64], int]:
+        """The rows that this rank shows in a step, and how many all ranks show."""
+        start, stop = _part_bounds(self.num_videos, self._num_steps, step)
+        first, last = _part_bounds(stop - start, self.world_size, self.rank)
+        return rows[start + first : start + last], stop - start
+
+    def _plan_batches(self, rows: npt.NDArray[np.int64], epoch: int, first_step: int) -> Iterator["_BatchPlan"]:
         shape = (self._num_views, self.sampling.num_segments, self.pixels, self.pixels, 3)
         for step in range(first_step, self._num_steps):
-            start, stop = _part_bounds(self.num_videos, self._num_steps, step)
-            first, last = _part_bounds(stop - start, self.world_size, self.rank)
-            videos = [self.shards.video(row) for row in rows[start + first : start + last].tolist()]
+            own_rows, num_global = self._rank_rows(rows, step)
+            videos = [self.shards.video(row) for row in own_rows.tolist()]
             views = np.empty((len(videos), *shape), np.uint8)
             yield _BatchPlan(
                 tasks=[
@@ -305,7 +325,7 @@ class Loader:
                 ],
                 views=views,
                 keys=[video.key for video in videos],
-                num_global=stop - start,
+                num_global=num_global,
             )
 
     def _load_video(self, video: StoredVideo, epoch: int, out: Frame) -> int:

@@ -29,6 +29,9 @@ _MAX_OPEN_REMOTE_SHARDS = 4096
 # Something-Something, which lie in 350 kB, come by one.
 _MAX_GAP_BYTES = 512 << 10
 _JPEG_MARKER = b"\xff\xd8"
+# Frames of Something-V1 a second on one thread, medians over 9 interleaved rounds on a busy machine (2026-11): simplejpeg 1.9.0
+# 3,290, PyTurboJPEG 1.8 with Debian's libturbojpeg 2.1 2,797, torchvision.io 2,680, Pillow 1,726. PyTurboJPEG finds no
+# library of its own on PyPI, and its version 2 wants libturbojpeg 3, which Debian 12 lacks.
 # At half size or less libjpeg saves time (256 x 340 to 128 x 170: half of it); between half and full size it is slower.
 _MIN_REDUCTION = 2.0
 
@@ -183,7 +186,7 @@ class FrameReader:
         shards: the split whose videos are read, or just the folder of the shard set. Of a split it is known how its shards must
             end, so each is checked when it is first opened: its size, and that nothing but zeros follows its last sample.
         cache: of a remote split: shards are read from whole local copies. A copy whose bytes are wrong is fetched again, once.
-            Local shards need none and use none.
+            Local shards use none.
     """
 
     def __init__(self, shards: ShardSplit | Folder | Path | str, cache: ShardCache | None = None) -> None:
@@ -197,6 +200,15 @@ class FrameReader:
         if self._cache is None:  # a copy that stayed open would take disk space after its removal
             max_open = _MAX_OPEN_REMOTE_SHARDS if is_remote else _MAX_OPEN_SHARDS
             self._open = functools.lru_cache(maxsize=max_open)(self._open_shard)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether shards are read from local copies."""
+        return self._cache is not None
+
+    def fetch(self, shard: str) -> None:
+        """Let the cache have a shard before it is needed."""
+        self._open(shard)
 
     def read(self, video: StoredVideo, frame_index: int, smallest_size: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
         """Read and decode one frame, as `read_frames` does. Shape: [H, W, 3]."""

@@ -339,18 +339,17 @@ def measure_wait(data: Data, num_workers: int) -> dict[str, Any]:
     model = create_model("sa_gsm_bn_inception", num_classes=4, num_segments=NUM_SEGMENTS).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     waits, steps = [], []
-    batches = iter(loader)
-    for _ in range(TRAIN_STEPS + 1):
-        start = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - start)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(model.prepare(batch.clips)), batch.labels).backward()
-        optimizer.step()
-        steps.append(time.perf_counter() - start)
-    with contextlib.closing(batches):  # type: ignore[type-var]
-        # Nothing is prefetched yet at the first step.
-        return {"first": waits[0], "share": sum(waits[1:]) / sum(steps[1:]), "step_seconds": statistics.median(steps[1:])}
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in range(TRAIN_STEPS + 1):
+            start = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - start)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(model.prepare(batch.clips)), batch.labels).backward()
+            optimizer.step()
+            steps.append(time.perf_counter() - start)
+    # Nothing is prefetched yet at the first step.
+    return {"first": waits[0], "share": sum(waits[1:]) / sum(steps[1:]), "step_seconds": statistics.median(steps[1:])}
 
 
 def print_tables(report: dict[str, Any]) -> None:

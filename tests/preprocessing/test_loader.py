@@ -12,7 +12,6 @@ from infra.errors import ConfigError, DataError
 from preprocessing.augment import Augmentation
 from preprocessing.clip_ledger import ClipLedger
 from preprocessing.loader import make_loader, open_shards
-from preprocessing.shard_cache import ShardCache
 from preprocessing.views import FrameSampling, spread_views
 
 NUM_TRAIN = 23
@@ -351,14 +350,3 @@ def test_augmentation_changes_clips_and_nothing_else(train_split):
     assert sum(changed) > NUM_TRAIN / 2
     tested = [epoch_of(loader_of(train_split, augmentation=a, train=False)) for a in (Augmentation(), AUGMENTED)]
     assert_same(*tested)
-
-
-def test_a_cache_must_hold_the_shards_that_clips_come_from(train_split, tmp_path):
-    largest = max(end.num_bytes for end in train_split.ends.values())
-    cache = ShardCache(tmp_path, 2 * largest)
-    loader_of(train_split, cache=cache, shuffle_shards=1)
-    message = (
-        rf"the shard cache holds {2 * largest} bytes; expected at least {3 * largest}, since clips come from 3 shards at a"
-    )
-    with pytest.raises(ConfigError, match=message):
-        loader_of(train_split, cache=cache, shuffle_shards=5)

@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -221,3 +222,33 @@ def test_a_loader_with_a_cache_shows_the_same_and_asks_for_each_shard_once(remot
     assert [s3_reads(name) - count for name, count in zip(names, before, strict=True)] == [1, 1, 1]
     assert sum(1 for _ in loader) == len(loader)
     assert [s3_reads(name) - count for name, count in zip(names, before, strict=True)] == [1, 1, 1], "the second epoch is here"
+
+
+def test_a_cache_must_hold_the_shards_in_use(remote_shards, tiny_shard_dir, tmp_path):
+    options = {"num_segments": 3, "batch_size": 4, "train": True, "seed": 1, "pixels": 16}
+    largest = max(end.num_bytes for end in remote_shards.ends.values())
+    cache = ShardCache(tmp_path, 2 * largest)
+    make_loader(remote_shards, **options, cache=cache, shuffle_shards=1, subset=9)
+    make_loader(open_shards(tiny_shard_dir, "train"), **options, cache=ShardCache(tmp_path, 1))
+    message = (
+        rf"the shard cache holds {2 * largest} bytes; expected at least {3 * largest}, since 3 shards are in use at a time: "
+    )
+    with pytest.raises(ConfigError, match=message):
+        make_loader(remote_shards, **options, cache=cache)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_epochs_through_a_cache_are_whole_and_fetch_each_shard_once(remote_shards, tmp_path, s3_reads, num_workers, world_size):
+    options = {"num_segments": 2, "batch_size": 2, "train": True, "seed": 3, "pixels": 8, "num_workers": num_workers}
+    cache = ShardCache(tmp_path, 3 * max(end.num_bytes for end in remote_shards.ends.values()))
+    loaders = [
+        make_loader(remote_shards, **options, shuffle_shards=1, cache=cache, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    before = sum(map(s3_reads, remote_shards.ends))
+    shown = [batch.keys for step in zip(*loaders, strict=True) for batch in step]
+    assert sorted(itertools.chain(*shown)) == sorted(remote_shards.keys)
+    assert sum(map(s3_reads, remote_shards.ends)) - before == 3
+    assert bytes_used(tmp_path) <= cache.max_bytes
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("loader")] == []
