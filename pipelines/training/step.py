@@ -99,7 +99,7 @@ def _forward_losses(run: Run, clips: Tensor, labels: Tensor) -> tuple[Tensor, Te
     targets = labels
     if run.mix is not None:
         mixed, targets = run.mix(tv_tensors.Video(inputs), labels)
-        inputs = mixed.as_subclass(Tensor)
+        inputs.copy_(mixed.as_subclass(Tensor))  # back into the memory layout in which networks are fast
     logits = forward(run, run.network, inputs)
     losses = cross_entropy(logits, targets, reduction="none", label_smoothing=run.settings.label_smoothing)
     return logits, losses, labels

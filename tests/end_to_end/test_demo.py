@@ -106,6 +106,7 @@ def test_mlflow_holds_the_tree_of_runs(undisturbed):
     for run, name in stage.items():
         parent = {"pipeline": None, "trial": search}.get(name, pipeline)
         assert tags.get((run, "mlflow.parentRunId")) == parent
+        assert tags.get((run, "preset"), "fixed" if name == "trial" else None) == "fixed"
     train = next(item["mlflow_run_id"] for item in document["stages"] if item["name"] == "train")
     assert sorted(step for run, step in steps if run == train) == [0, 1, 2]
 

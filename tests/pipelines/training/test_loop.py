@@ -251,8 +251,8 @@ def test_with_default_settings_every_gamma_and_gate_moves(tiny):
 
 
 def test_the_seed_code_logs_three_quarters_of_ln_174_at_first(tiny):
-    """PAPER_NOTES.md, "exact targets": a new classifier is near uniform over 174 classes, and the published loop logs (half of the
-    first micro batch) and then (half of the first and half of the second).
+    """A new classifier is near uniform over 174 classes (PAPER_NOTES.md, "exact targets"), and the published loop logs half of the
+    first micro batch's loss, and then half of the first and half of the second.
     """
     config = apply_preset(
         demo(), {"preset": "seed_code", "train.num_segments": 2, "train.precision": "auto", "train.subset": None}

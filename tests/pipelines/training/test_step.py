@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from infra.errors import PipelineError
+from models import create_model
 from pipelines.training.metrics import Sums
 from pipelines.training.run import set_up
 from pipelines.training.step import any_rank, forward, take_step
@@ -84,6 +85,19 @@ def test_mixing_depends_on_seed_and_step_only_and_changes_the_loss(tiny, changes
     assert not torch.equal(losses(3, **changes), losses(4, **changes))
     assert not torch.equal(losses(3, **changes), losses(3, seed=1, **changes))
     assert not torch.equal(losses(3, **changes), losses(3))
+
+
+@pytest.mark.parametrize("changes", [{"mixup_alpha": 0.5}, {"cutmix_alpha": 1.0}])
+def test_mixed_frames_stay_in_channels_last_memory(tiny, changes):
+    model = create_model("tsn_resnet18", num_classes=3, num_segments=2)
+    layouts = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    loader = tiny.LargeLoader(4)
+    run = set_up(model, loader, tiny.tiny_settings(**changes), CPU, None, {})
+    take_step(run, next(iter(loader)), 0, Sums(CPU))
+    assert layouts == [True]
 
 
 def test_a_step_in_fp16_whose_gradient_overflows_is_left_out_and_scales_less(tiny):
