@@ -24,6 +24,7 @@ SETTINGS = [
     "train.warmup_epochs=1",
     "train.num_segments=2",
     "train.pixels=32",
+    "model.name=gsm_resnet18",
 ]
 
 
@@ -35,11 +36,15 @@ def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterward
     errors = tmp_path / "errors.txt"
     with errors.open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-    wait_for(process, lambda: list((tmp_path / "store" / "train").glob("*.partial/checkpoints/step-*")))
-    mlflow_server.kill()
-    wait_for(process, lambda: "is away" in errors.read_text())
-    mlflow_server.start()
-    output, _ = process.communicate(timeout=300)
+    try:
+        wait_for(process, lambda: list((tmp_path / "store" / "train").glob("*.partial/checkpoints/step-*")))
+        mlflow_server.kill()
+        wait_for(process, lambda: "is away" in errors.read_text())
+        mlflow_server.start()
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0, errors.read_text()
     stages = {stage["name"]: stage for stage in json.loads(output)["stages"]}
     train = stages["train"]["mlflow_run_id"]
@@ -57,7 +62,7 @@ def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterward
 
 
 def wait_for(process, condition):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, "the pipeline has ended too early"
         assert time.monotonic() < deadline
