@@ -227,10 +227,12 @@ def _forecast(request: Any, wanted: bool, cpus: list[int] | None) -> tuple[dict[
         if cpus:
             raise ConfigError("--cpus says what to forecast for; expected it together with --estimate")
         return None
+    from infra.progress import StageProgress
     from pipelines.estimate import estimate_shards, machine_cpus
     from pipelines.forecast import estimate_document, estimate_text
 
-    found = estimate_shards(request)
+    with StageProgress() as progress:
+        found = estimate_shards(request, on_progress=progress.for_stage("estimate"))
     numbers = sorted({machine_cpus(), *(cpus or [])})
     return estimate_document(found, numbers), estimate_text(found, numbers)
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from infra.errors import ConfigError, PipelineError
 from infra.filesystems import Folder
+from infra.progress import OnProgress
 from infra.storage import write_json
 from pipelines.evaluation.metrics import wilson_interval
 from pipelines.forecast import Estimate, Spread
@@ -50,12 +51,13 @@ class ProbedVideo:
     reason: str = ""
 
 
-def estimate_shards(request: Request, seconds: float = DEFAULT_SECONDS) -> Estimate:
+def estimate_shards(request: Request, seconds: float = DEFAULT_SECONDS, on_progress: OnProgress | None = None) -> Estimate:
     """Probe the raw videos of an experiment and forecast its shards stage; keeps the result for `forecast_error`.
 
     Args:
         request: which experiment; no cluster is started and no stage is run.
         seconds: how long new videos are begun, up to `MAX_BUDGET_SECONDS`; with fewer videos it is over sooner.
+        on_progress: called with seconds gone and in all.
 
     Raises:
         ConfigError: if there are no raw videos to probe yet, or they are in an archive, which can only be read as a whole.
@@ -69,7 +71,8 @@ def estimate_shards(request: Request, seconds: float = DEFAULT_SECONDS) -> Estim
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".tmp-probe-", dir=folder) as place:
-        probed, shard_seconds = probe(plans, source, settings, Path(place), min(seconds, MAX_BUDGET_SECONDS))
+        budget = min(seconds, MAX_BUDGET_SECONDS)
+        probed, shard_seconds = probe(plans, source, settings, Path(place), budget, on_progress=on_progress)
     estimate = summarise_probe(
         probed,
         plans,
@@ -84,7 +87,13 @@ def estimate_shards(request: Request, seconds: float = DEFAULT_SECONDS) -> Estim
 
 
 def probe(
-    plans: ShardPlans, source: Source, settings: ShardSettings, folder: Path, budget_seconds: float, seed: int = 0
+    plans: ShardPlans,
+    source: Source,
+    settings: ShardSettings,
+    folder: Path,
+    budget_seconds: float,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
 ) -> tuple[list[ProbedVideo], float]:
     """Write videos drawn at random, without replacement, until the time is up or all are written; at least one.
 
@@ -97,6 +106,7 @@ def probe(
         folder: an empty one, for the shards of the probe.
         budget_seconds: after this no video is begun.
         seed: of the draw.
+        on_progress: called with seconds gone and in all.
 
     Returns:
         the videos, and the seconds that a shard takes without any.
@@ -116,6 +126,9 @@ def probe(
         left = max(1.0, MAX_SECONDS - (begun - started))
         result = _read(source, video, plan.name, settings, left)
         group.append((video, result, time.perf_counter() - begun))
+        if on_progress is not None:
+            gone = min(round(time.perf_counter() - started), round(budget_seconds))
+            on_progress(gone, round(budget_seconds), f"s at most; {len(found) + len(group):,} videos probed")
         row = next(rows, None) if time.perf_counter() - started < budget_seconds else None
         size = sum(sum(map(len, result.frames)) for _, result, _ in group if isinstance(result, DecodedVideo))
         if row is None or len(group) == _GROUP_VIDEOS or size > _GROUP_BYTES:

@@ -65,8 +65,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_small_sets_are_probed_whole_and_each_video_once(tmp_path: Path) -> None:
-    source, plans = Pretended(), make_plans(40)
-    found, shard_seconds = probe(plans, source, ShardSettings(), tmp_path, 60.0)
+    source, plans, calls = Pretended(), make_plans(40), []
+    found, shard_seconds = probe(plans, source, ShardSettings(), tmp_path, 60.0, on_progress=lambda *call: calls.append(call))
+    assert calls[-1][1:] == (60, "s at most; 40 videos probed")
     assert sorted(source.read_ids) == sorted(f"v{number}" for number in range(40))
     assert [one.reason for one in found].count("missing") == 4
     assert {one.num_frames for one in found if not one.reason} == {5}
