@@ -73,6 +73,9 @@ class SelfAttention(nn.Module):
         scaled: divide scores by the square root of the width of a head's queries, C / 8 / num_heads.
         num_heads: A; divides C / 8.
 
+    Attributes:
+        bypassed: pass the map on as it is, which is what gammas of 0 give, at no cost; False at first (`models.attend_only`).
+
     Shape:
         input and output: [N, C, H, W] with N = B * T, clips outermost.
 
@@ -100,6 +103,7 @@ class SelfAttention(nn.Module):
         self.num_segments = num_segments
         self.scope = scope
         self.num_heads = num_heads
+        self.bypassed = False
         self.score_scale = 1 / math.sqrt(channels // 8 // num_heads) if scaled else 1.0
         width = channels if value == "fused" else channels // 2
         self.gamma = nn.Parameter(torch.zeros(1))
@@ -115,6 +119,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Equations 1 to 4; see the class."""
+        if self.bypassed:
+            return x_NCHW
         x_NCHW = self.temporal(x_NCHW)
         query_GAMD, key_GAMD = self._grouped(self.query_conv(x_NCHW)), self._grouped(self.key_conv(x_NCHW))
         value_GAMD = self._grouped(self.value_conv(x_NCHW))
