@@ -8,6 +8,7 @@ from models.factory import create_model, list_models, model_options, model_slots
 from models.facts import ModelFacts, describe_model
 from models.imagenet import BACKBONE_SOURCES, LoadedNames, load_backbone_weights
 from models.placement import SLOTS, Placement, parse_placement
+from models.switch import attend_only
 from models.weights import load_published_weights
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ModelFacts",
     "Placement",
     "VideoClassifier",
+    "attend_only",
     "create_model",
     "describe_model",
     "list_models",

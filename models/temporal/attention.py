@@ -15,9 +15,11 @@ that are not divided by the square root of their width (equation 1).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 SCOPES = ("frame", "temporal", "joint", "divided")
@@ -25,6 +27,9 @@ VALUES = ("fused", "bottleneck")
 
 _SHORT_GROUP = 256
 """Groups of at most so many positions have their map written out (see `SelfAttention`)."""
+
+_MEDIUM_GROUP = 1024
+"""Groups of more than that and at most so many have theirs written out one group after the other, where that pays."""
 
 
 class SelfAttention(nn.Module):
@@ -48,11 +53,14 @@ class SelfAttention(nn.Module):
 
     With A heads, f, g and h are cut into A equal parts, each part has its own beta, and the sums are put side by side before v.
 
-    Memory: the map of all pairs of a group of over 256 positions is never stored. `scaled_dot_product_attention` does that
+    Memory: the map of a long group (over 1,024 positions) is never stored: `scaled_dot_product_attention` does that
     only if queries, keys and values are equally wide, hence queries and keys are padded with zeros (14 MB instead of 474 MB for
-    8 frames of 28 x 28, and faster). The map of a shorter group is written out: it is at most 256 numbers a position, and on a
-    CPU two to three times as fast as padding (38 against 12 ms, forward and backward, for 32 frames of 14 x 14 x 160 in bf16 on
-    one thread, November 2026).
+    8 frames of 28 x 28 as one group, and faster). The map of a short group (up to 256) is written out: at most 256 numbers
+    a position, and on a CPU two to three times as fast as padding (38 against 12 ms, forward and backward, for 32 frames of
+    14 x 14 x 160 in bf16 on one thread, November 2026). Groups between them take the way of the long ones, except where a map
+    that fits the cache is faster, in main memory with eager execution: there they are done one after the other, with one map
+    at a time, made again in the backward pass (16 frames of 28 x 28 x 128 with all of this module: 194 against 114 ms in bf16,
+    240 against 159 ms in float32, likewise).
 
     Precision: under autocast f, g, h and the sums of equation 3 are rounded to the lower type, and so is beta before these
     sums; scores, their softmax and what sums add up in are float32.
@@ -64,6 +72,9 @@ class SelfAttention(nn.Module):
         value: one of `VALUES`.
         scaled: divide scores by the square root of the width of a head's queries, C / 8 / num_heads.
         num_heads: A; divides C / 8.
+
+    Attributes:
+        bypassed: pass the map on as it is, which is what gammas of 0 give, at no cost; False at first (`models.attend_only`).
 
     Shape:
         input and output: [N, C, H, W] with N = B * T, clips outermost.
@@ -92,6 +103,7 @@ class SelfAttention(nn.Module):
         self.num_segments = num_segments
         self.scope = scope
         self.num_heads = num_heads
+        self.bypassed = False
         self.score_scale = 1 / math.sqrt(channels // 8 // num_heads) if scaled else 1.0
         width = channels if value == "fused" else channels // 2
         self.gamma = nn.Parameter(torch.zeros(1))
@@ -107,11 +119,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Equations 1 to 4; see the class."""
+        if self.bypassed:
+            return x_NCHW
         x_NCHW = self.temporal(x_NCHW)
         query_GAMD, key_GAMD = self._grouped(self.query_conv(x_NCHW)), self._grouped(self.key_conv(x_NCHW))
         value_GAMD = self._grouped(self.value_conv(x_NCHW))
         if query_GAMD.shape[2] <= _SHORT_GROUP:
-            found_GAMD = self._beta(query_GAMD, key_GAMD).to(value_GAMD.dtype) @ value_GAMD
+            found_GAMD = _beta(query_GAMD, key_GAMD, self.score_scale).to(value_GAMD.dtype) @ value_GAMD
+        elif query_GAMD.shape[2] <= _MEDIUM_GROUP and query_GAMD.is_cpu and not torch.compiler.is_compiling():
+            found_GAMD = _OneByOne.apply(query_GAMD, key_GAMD, value_GAMD, self.score_scale)
         else:
             padding = (0, value_GAMD.shape[3] - query_GAMD.shape[3])
             query_GAMD, key_GAMD = functional.pad(query_GAMD, padding), functional.pad(key_GAMD, padding)
@@ -146,14 +162,7 @@ class SelfAttention(nn.Module):
             if ((positions_P < 0) | (positions_P >= num_positions)).any():
                 raise ValueError(f"positions must be in [0, {num_positions}), but {positions_P.tolist()} were given")
             query_GAMD = query_GAMD[:, :, positions_P]
-        return self._beta(query_GAMD, key_GAMD)
-
-    def _beta(self, query_GAPD: Tensor, key_GAMD: Tensor) -> Tensor:
-        """Equations 1 and 2, written out: [G, A, P, M], in float32 or, from float64, in float64."""
-        dtype = torch.promote_types(query_GAPD.dtype, torch.float32)
-        with torch.autocast(query_GAPD.device.type, enabled=False):
-            score_GAPM = self.score_scale * query_GAPD.to(dtype) @ key_GAMD.to(dtype).transpose(2, 3)
-            return score_GAPM.softmax(dim=3)
+        return _beta(query_GAMD, key_GAMD, self.score_scale)
 
     def _grouped(self, x_NCHW: Tensor) -> Tensor:
         """[N, C, H, W] to [G, A, M, D], the channels of a head next to one another in memory, as the fast path demands."""
@@ -172,6 +181,49 @@ class SelfAttention(nn.Module):
         if self.scope == "temporal":
             x_GMC = x_GMC.view(-1, height * width, *x_GMC.shape[1:]).transpose(1, 2)
         return x_GMC.reshape(num_frames, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _beta(query_APD: Tensor, key_AMD: Tensor, scale: float) -> Tensor:
+    """Equations 1 and 2, written out: [..., A, P, M], in float32 or, from float64, in float64."""
+    dtype = torch.promote_types(query_APD.dtype, torch.float32)
+    with torch.autocast(query_APD.device.type, enabled=False):
+        score_APM = scale * query_APD.to(dtype) @ key_AMD.to(dtype).transpose(-2, -1)
+        return score_APM.softmax(dim=-1)
+
+
+class _OneByOne(torch.autograd.Function):
+    """The sums of equation 3 from queries, keys [G, A, M, D] and values [G, A, M, E]; at any time one group's map exists.
+
+    The gradient, with o the sums and d for the gradient by what follows, is that of a product and a softmax:
+
+        dh = beta^T do        dbeta = do h^T        ds = beta . (dbeta - row sums of beta . dbeta)
+        dg = scale ds f       df = scale ds^T g
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The sums [G, A, M, E]."""
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        found = torch.empty_like(value)
+        for group in range(len(query)):
+            found[group] = _beta(query[group], key[group], scale).to(value.dtype) @ value[group]
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dfound: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """The gradients of queries, keys and values."""
+        query, key, value = ctx.saved_tensors
+        dquery, dkey, dvalue = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        for group in range(len(query)):
+            beta = _beta(query[group], key[group], ctx.scale)
+            dvalue[group] = beta.to(value.dtype).transpose(1, 2) @ dfound[group]
+            dbeta = (dfound[group] @ value[group].transpose(1, 2)).to(beta.dtype)
+            dscore = torch.ops.aten._softmax_backward_data(dbeta, beta, 2, beta.dtype).mul_(ctx.scale).to(query.dtype)
+            dquery[group] = dscore @ key[group]
+            dkey[group] = dscore.transpose(1, 2) @ query[group]
+        return dquery, dkey, dvalue, None
 
 
 def _check(channels: int, num_segments: int, scope: str, value: str, num_heads: int) -> None:

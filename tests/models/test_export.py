@@ -9,7 +9,7 @@ from models.inference import fold_batch_norms
 PIXELS = 64
 NETWORKS = [
     ("tsn_bn_inception", {}),
-    ("gsm_bn_inception", {}),
+    ("sa_gsm_bn_inception", {"scope": "joint", "placement": "3a", "num_heads": 2, "num_segments": 5}),  # one group of 320
     ("sa_gsm_bn_inception", {"scope": "divided", "value": "bottleneck", "placement": "3a,5b"}),
 ]
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 
 def used(name, **options):
     """A network whose gates and gammas are not zero."""
-    model = create_model(name, num_classes=5, num_segments=3, **options)
+    model = create_model(name, **{"num_classes": 5, "num_segments": 3, **options})
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("conv3D.weight"):
             nn.init.normal_(parameter, std=0.05)
@@ -34,7 +34,7 @@ def used(name, **options):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # statistics are those of the next pass, so that maps keep their size
     with torch.no_grad():
-        model(torch.randn(2, 3, 3, PIXELS, PIXELS))
+        model(torch.randn(2, model.num_segments, 3, PIXELS, PIXELS))
     return model
 
 
@@ -52,7 +52,7 @@ def test_a_program_gives_the_logits_for_any_number_of_clips(name, options, tmp_p
     assert model.training
     program = torch.export.load(tmp_path / "model.pt2").module()
     for num_clips in (1, 3):
-        clips = torch.randn(num_clips, 3, 3, PIXELS, PIXELS)
+        clips = torch.randn(num_clips, model.num_segments, 3, PIXELS, PIXELS)
         assert relative_error(program(clips), model, clips) < 1e-5
 
 
@@ -67,7 +67,7 @@ def test_onnx_gives_the_logits_for_any_number_of_clips(name, options, fold, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for num_clips in (1, 3):
-        clips = torch.randn(num_clips, 3, 3, PIXELS, PIXELS)
+        clips = torch.randn(num_clips, model.num_segments, 3, PIXELS, PIXELS)
         (logits,) = session.run(["logits"], {"clips": clips.numpy()})
         error = relative_error(logits, model, clips)
         print(f"{name}, {num_clips} clips: relative error of the logits {error:.1e}")

@@ -49,10 +49,11 @@ def moving(channels=16, num_segments=NUM_SEGMENTS, **options):
     return attention
 
 
-@pytest.fixture(params=["flash", "short"])
+@pytest.fixture(params=["flash", "one by one", "short"])
 def path(request, monkeypatch):
-    """Both ways of computing: without the map, as for long groups, and with it, as for short ones."""
-    monkeypatch.setattr(attention_module, "_SHORT_GROUP", 0 if request.param == "flash" else 10**9)
+    """All ways of computing: without the map, as for long groups, and with it, group by group or for all groups at once."""
+    monkeypatch.setattr(attention_module, "_SHORT_GROUP", 10**9 if request.param == "short" else 0)
+    monkeypatch.setattr(attention_module, "_MEDIUM_GROUP", 10**9 if request.param == "one by one" else 0)
     return request.param
 
 
@@ -106,11 +107,26 @@ def test_joint_attention_at_slot_3a_needs_a_sixteenth_of_the_memory(monkeypatch)
     assert ours < 2.2 * half_as_long
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what the profiler says about itself
+def test_of_many_medium_groups_one_map_exists_at_a_time():
+    attention = SelfAttention(64, 8)
+
+    def extra(num_frames):
+        x = torch.randn(num_frames, 64, 28, 28).contiguous(memory_format=torch.channels_last).requires_grad_()
+        return peak_bytes(lambda: attention(x).sum().backward())
+
+    few, many, one_map = extra(8), extra(32), 4 * 784**2
+    print(f"8 frames {few / 1e6:.1f} MB, 32 frames {many / 1e6:.1f} MB, all maps of 32 frames {32 * one_map / 1e6:.1f} MB")
+    assert few > one_map  # the measure sees it
+    assert many - few < 24 * one_map / 2
+
+
 @pytest.mark.parametrize("num_heads", [1, 2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("scope", ["frame", "joint"])
-def test_the_map_of_a_long_group_is_never_stored(scope, value, memory_format, num_heads):
+def test_the_map_of_a_long_group_is_never_stored(scope, value, memory_format, num_heads, monkeypatch):
+    monkeypatch.setattr(attention_module, "_MEDIUM_GROUP", 0)
     attention = SelfAttention(16, NUM_SEGMENTS, scope=scope, value=value, num_heads=num_heads)
     x = torch.randn(NUM_SEGMENTS, 16, 16, 17).contiguous(memory_format=memory_format).requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if the flash path cannot take the tensors
