@@ -3,8 +3,8 @@
 import simplejpeg
 
 MAX_PIXELS = 1 << 26
-# Progressive files may repeat scans for ever, each of which costs a pass over all pixels; encoders write about ten. A scan takes
-# at least ten bytes (ITU-T T.81, B.2.3), so that a small file cannot make much work, and its scans need not be counted.
+# Progressive files may repeat scans for ever, each of which costs a pass over all pixels; encoders write about ten. A scan
+# takes at least ten bytes (ITU-T T.81, B.2.3), so that a small file cannot make much work, and its scans need not be counted.
 _MAX_SCANS = 100
 _MIN_SCAN_BYTES = 10
 _MAX_PIXELS_SCANNED = 1 << 30
