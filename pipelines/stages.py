@@ -252,7 +252,7 @@ def report(
 
 STAGES = [
     Stage("index", index, settings=("dataset",), version=3, raw=lambda config: raw_listing(config.dataset)),
-    Stage("shards", shards, needs=("index",), settings=("shards",), version=2),
+    Stage("shards", shards, needs=("index",), settings=("shards",), version=3),
     Stage("audit", audit, needs=("shards",), version=3),
     Stage("search", search, needs=("shards",), settings=("search", "model", "train")),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train")),

@@ -3,8 +3,11 @@
 import simplejpeg
 
 MAX_PIXELS = 1 << 26
-# Progressive files may repeat scans for ever, each of which costs a pass over all pixels; encoders write about ten.
+# Progressive files may repeat scans for ever, each of which costs a pass over all pixels; encoders write about ten. A scan
+# takes at least ten bytes (ITU-T T.81, B.2.3), so that a small file cannot make much work, and its scans need not be counted.
 _MAX_SCANS = 100
+_MIN_SCAN_BYTES = 10
+_MAX_PIXELS_SCANNED = 1 << 30
 _START = b"\xff\xd8"
 _SCAN = b"\xff\xda"
 _END = b"\xff\xd9"
@@ -116,14 +119,14 @@ def require_whole_jpeg(data: bytes) -> tuple[int, int]:
 
     Raises:
         OversizeError: before anything is decoded.
-        ValueError: if it is cut, damaged, of a colour model that has no RGB, or has too many scans.
+        ValueError: if it is cut, damaged, of a colour model that has no RGB, or has so many scans that it would take seconds.
     """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise OversizeError(f"has {width}x{height} pixels; expected at most {MAX_PIXELS}")
     if colours not in _COLOURS:
         raise ValueError(f"its colours are {colours}; expected {', '.join(sorted(_COLOURS))}")
-    if data.count(_SCAN) > _MAX_SCANS:
+    if height * width * (len(data) // _MIN_SCAN_BYTES) > _MAX_PIXELS_SCANNED and data.count(_SCAN) > _MAX_SCANS:
         raise ValueError(f"more than {_MAX_SCANS} scans")
     simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1, min_factor=1)
     return height, width

@@ -1,20 +1,27 @@
 """How fast raw videos become shards: ours, the published scripts' way and the bounds, measured side by side.
 
-    python tests/benchmarks/bench_shards.py [--json]
+    python tests/benchmarks/bench_shards.py [--rounds 3] [--json]
 
 Video files (the clips of ../shared/data/videos where that folder is, generated ones elsewhere), at one size and quality:
 
-    ours, N workers   preprocessing.tasks.write_shards on a Ray cluster of N CPUs
-    published         one ffmpeg a video in turn, frames to files, the files into a tar (TSM's and GSM's scripts)
-    decode            ffmpeg alone, N at a time, frames thrown away: what no program can beat
+    2 workers         preprocessing.tasks.write_shards on a Ray cluster of 2 CPUs; every frame counted, every shard synced
+    1 worker          the same, a shard at a time; its ffmpeg may still use the other core
+    1 worker, 1 core  the same, with all processes of the cluster pinned to one core
+    published         one ffmpeg a video in turn, with the threads it likes, frames to files, then a tar (GSM's script)
+    decode            ffmpeg alone, 2 at a time, frames thrown away: what no program can beat
 
 Frame folders (the Something-V1 layout of ../shared/data/real_mini, or generated ones):
 
-    ours, N workers   the same
-    stock             files read in turn into webdataset.TarWriter, one process, nothing checked
+    ours              as above; every JPEG decoded, every shard synced
+    stock             files read in turn into webdataset.TarWriter, one process, nothing checked, nothing synced
     read              the files' bytes alone, one process
 
-Each round measures every contender once, in another order; ratios are medians over the rounds of ratios within a round.
+A run of ours that is not timed comes first: it starts the workers and brings all files into the page cache, for every
+contender. Each round measures every contender once, in another order; ratios are medians over the rounds of ratios within a
+round. Removing what was written is not timed. Two workers are compared with one twice: a worker's ffmpeg has threads of its
+own, so that one worker fills more than one core, and two on two cores can only be twice as fast as one that keeps to one core.
+
+CPU time is that of all processes together, user and system: it stays about the same where other programs slow the rates down.
 """
 
 import argparse
@@ -28,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +47,7 @@ import webdataset
 
 from preprocessing.datasets import VIDEO_SCHEMA, DatasetSettings, index_videos
 from preprocessing.decode import ffmpeg_path, ffmpeg_version
-from preprocessing.planning import plan_shards
+from preprocessing.planning import ShardPlans, plan_shards
 from preprocessing.shards import ShardSettings
 from preprocessing.sources import FolderSource
 from preprocessing.synthetic import SyntheticSettings, generate
@@ -51,6 +58,11 @@ SHORT_SIDE = 256
 QUALITY = 2
 FRAME_COPIES = 32  # of the few frame folders: enough work for some seconds
 VIDEO_COPIES = 2  # of the clips, so that the end of a round, when one worker waits, counts little
+PEAK_BYTES = 400e6
+TARGETS = {
+    "video files": {"1 worker, 1 core": 1.8, "published": 2.5, "decode": 0.5},
+    "frame folders": {"1 worker, 1 core": 1.8, "stock": 2.5},
+}
 CLIPS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".ts", ".wmv")
 
 
@@ -66,7 +78,11 @@ def main() -> None:
         worker_bytes = peak_worker_bytes()
     packages = ("ray", "simplejpeg", "webdataset", "pyarrow")
     report = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+        },
         "versions": {name: version(name) for name in packages} | {"ffmpeg": ffmpeg_version()},
         "peak_worker_bytes": worker_bytes,
         "results": results,
@@ -74,13 +90,23 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
-    for result in results:
+    print_table(report)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Print rates, ratios and whether the targets are reached, a line a contender."""
+    print(f"{report['machine']['cores']} cores, ffmpeg {report['versions']['ffmpeg']}, load {report['machine']['load']:.1f}")
+    for result in report["results"]:
         print(f"{result['what']}: {result['videos']} videos, {result['frames']} frames")
-        print(f"  {'contender':<16}{'frames/s':>10}{'of it ours, 2 workers, is':>28}")
+        print(f"  {'contender':<18}{'frames/s':>10}{'CPU us/frame':>14}{'2 workers are':>15}")
         for contender, rate in result["frames_per_second"].items():
-            ratio = result["ours_over"].get(contender)
-            print(f"  {contender:<16}{rate:>10,.0f}{f'{ratio:.2f} x' if ratio else '':>28}")
-    print(f"peak memory of a Ray worker, ffmpeg not counted: {worker_bytes / 1e6:.0f} MB")
+            ratio, target = result["ours_over"].get(contender), TARGETS[result["what"]].get(contender)
+            goal = f"  target {target} x: {'reached' if ratio >= target else 'missed'}" if ratio and target else ""
+            against = f"{ratio:.2f} x" if ratio else ""
+            print(f"  {contender:<18}{rate:>10,.0f}{result['cpu_us_per_frame'][contender]:>14,.0f}{against:>15}{goal}")
+    peak = report["peak_worker_bytes"]
+    goal = f"target {PEAK_BYTES / 1e6:.0f} MB: {'reached' if peak <= PEAK_BYTES else 'missed'}"
+    print(f"peak memory of a Ray worker, ffmpeg not counted: {peak / 1e6:.0f} MB  {goal}")
 
 
 @contextmanager
@@ -102,15 +128,13 @@ def measure_videos(folder: Path, num_rounds: int) -> dict[str, Any]:
         for number, name in enumerate(names)
     ]
     settings = ShardSettings(short_side=SHORT_SIDE, jpeg_quality=QUALITY, videos_per_shard=max(1, len(names) // 30))
-    num_frames = ours(rows, root, settings, folder, max_in_flight=None)()
+    plans = planned(rows, settings)
     paths = [root / name for name in names]
-    contenders = {
-        "ours, 2 workers": ours(rows, root, settings, folder, max_in_flight=None),
-        "ours, 1 worker": ours(rows, root, settings, folder, max_in_flight=1),
-        "published": lambda: published(paths, folder),
-        "decode": lambda: decode_alone(paths),
+    contenders = our_contenders(plans, root, settings) | {
+        "published": lambda output: published(paths, output),
+        "decode": lambda _: decode_alone(paths),
     }
-    return compare("video files", contenders, len(names), num_frames, num_rounds)
+    return compare("video files", contenders, folder, len(names), num_rounds)
 
 
 def measure_frames(folder: Path, num_rounds: int) -> dict[str, Any]:
@@ -118,59 +142,106 @@ def measure_frames(folder: Path, num_rounds: int) -> dict[str, Any]:
     root, names = frames_root(folder)
     rows = [{"video_id": name, "path": name, "kind": "frames", "split": "train", "label": 0} for name in names]
     settings = ShardSettings(videos_per_shard=max(1, len(names) // 12))
-    num_frames = ours(rows, root, settings, folder, max_in_flight=None)()
-    contenders = {
-        "ours, 2 workers": ours(rows, root, settings, folder, max_in_flight=None),
-        "ours, 1 worker": ours(rows, root, settings, folder, max_in_flight=1),
-        "stock": lambda: stock_tar(root, names, folder),
-        "read": lambda: read_alone(root, names),
+    plans = planned(rows, settings)
+    contenders = our_contenders(plans, root, settings) | {
+        "stock": lambda output: stock_tar(root, names, output),
+        "read": lambda _: read_alone(root, names),
     }
-    return compare("frame folders", contenders, len(names), num_frames, num_rounds)
+    return compare("frame folders", contenders, folder, len(names), num_rounds)
 
 
-def compare(
-    what: str, contenders: dict[str, Callable[[], Any]], num_videos: int, num_frames: int, num_rounds: int
-) -> dict[str, Any]:
-    """Median frames a second of each contender, and the median ratio of ours with two workers to each."""
+Contender = Callable[[Path], Any]  # takes a folder of its own
+
+
+def compare(what: str, contenders: dict[str, Contender], folder: Path, num_videos: int, num_rounds: int) -> dict[str, Any]:
+    """Median frames a second of each contender, and the median ratio of the first one, ours with two workers, to each."""
     names = list(contenders)
+    _, _, num_frames = timed(contenders[names[0]], folder)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(num_rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            started = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - started)
+            wall, cpu, _ = timed(contenders[name], folder)
+            seconds[name].append(wall)
+            cpu_seconds[name].append(cpu)
     mine = seconds[names[0]]
     return {
         "what": what,
         "videos": num_videos,
         "frames": num_frames,
         "frames_per_second": {name: num_frames / statistics.median(seconds[name]) for name in names},
+        "cpu_us_per_frame": {name: 1e6 * statistics.median(cpu_seconds[name]) / num_frames for name in names},
         "ours_over": {
             name: statistics.median(other / own for own, other in zip(mine, seconds[name], strict=True)) for name in names[1:]
         },
+        "targets": TARGETS[what],
         "seconds": seconds,
     }
 
 
-def ours(
-    rows: list[dict[str, Any]], root: Path, settings: ShardSettings, folder: Path, *, max_in_flight: int | None
-) -> Callable[[], int]:
-    """Shards written by as many Ray workers as the cluster has CPUs, or by one at a time; returns the number of frames."""
-    table = pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA)
-    plans = plan_shards(table, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
+def timed(contender: Contender, folder: Path) -> tuple[float, float, Any]:
+    """Seconds of the clock and of the processor, and the result, of a run in an empty folder, which is removed after it."""
+    output = Path(tempfile.mkdtemp(dir=folder))
+    before, started = cpu_time(), time.perf_counter()
+    result = contender(output)
+    wall, cpu = time.perf_counter() - started, cpu_time() - before
+    shutil.rmtree(output)
+    return wall, cpu, result
 
-    def write() -> int:
-        output = Path(tempfile.mkdtemp(dir=folder))
+
+def processes() -> list[psutil.Process]:
+    """This process and all that it has started, the Ray cluster among them."""
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def cpu_time() -> float:
+    """Processor time of all our processes, and of those that they started and have waited for."""
+    total = 0.0
+    for process in processes():
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def planned(rows: list[dict[str, Any]], settings: ShardSettings) -> ShardPlans:
+    """The plan of all shards."""
+    table = pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA)
+    return plan_shards(table, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
+
+
+def our_contenders(plans: ShardPlans, root: Path, settings: ShardSettings) -> dict[str, Contender]:
+    """Shards written by as many Ray workers as the cluster has CPUs, by one at a time, and by one on one core."""
+
+    def write(output: Path, max_in_flight: int | None = None) -> int:
         reports = write_shards(plans, FolderSource(root), output, settings, max_in_flight=max_in_flight)
-        shutil.rmtree(output)
         return sum(report.num_frames for report in reports)
 
-    return write
+    def write_on_one_core(output: Path) -> int:
+        cores = os.sched_getaffinity(0)
+        pin({min(cores)})
+        try:
+            return write(output, max_in_flight=1)
+        finally:
+            pin(cores)
+
+    return {
+        "2 workers": write,
+        "1 worker": lambda output: write(output, max_in_flight=1),
+        "1 worker, 1 core": write_on_one_core,
+    }
 
 
-def published(paths: Sequence[Path], folder: Path) -> None:
+def pin(cores: set[int]) -> None:
+    """Let all threads of all our processes run on these cores only; what they start inherits that."""
+    for process in processes():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores)
+
+
+def published(paths: Sequence[Path], output: Path) -> None:
     """One ffmpeg with its default threads a video in turn, frames to files; then everything into one tar."""
-    output = Path(tempfile.mkdtemp(dir=folder))
     scale = f"scale='if(gte(iw,ih),-2,{SHORT_SIDE})':'if(gte(iw,ih),{SHORT_SIDE},-2)'"
     for number, path in enumerate(paths):
         frames = output / f"{number}-{path.name}"
@@ -180,7 +251,6 @@ def published(paths: Sequence[Path], folder: Path) -> None:
     subprocess.run(
         ["tar", "-cf", str(output / "all.tar"), "-C", str(output), *sorted(path.name for path in output.iterdir())], check=True
     )
-    shutil.rmtree(output)
 
 
 def decode_alone(paths: Sequence[Path]) -> None:
@@ -194,14 +264,12 @@ def decode_alone(paths: Sequence[Path]) -> None:
         list(pool.map(decode, paths))
 
 
-def stock_tar(root: Path, names: Sequence[str], folder: Path) -> None:
+def stock_tar(root: Path, names: Sequence[str], output: Path) -> None:
     """Every frame read and written by the stock writer, one process."""
-    target = folder / "stock.tar"
-    with webdataset.TarWriter(str(target), encoder=False) as writer:
+    with webdataset.TarWriter(str(output / "stock.tar"), encoder=False) as writer:
         for name in names:
             for index, path in enumerate(sorted((root / name).iterdir())):
                 writer.write({"__key__": f"{name}-{index:06d}", "jpg": path.read_bytes()})
-    target.unlink()
 
 
 def read_alone(root: Path, names: Sequence[str]) -> int:

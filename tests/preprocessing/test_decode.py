@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import re
 import subprocess
 import time
@@ -209,6 +210,21 @@ def test_colours_are_those_of_the_source(
     for place, colour in enumerate(COLOURS):
         middle = decoded[side // 2 : -side // 2, place * side + side // 4 : (place + 1) * side - side // 4].mean((0, 1))
         assert np.abs(middle - colour).max() <= 5, (colour, middle)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of the instruction sets are those of x86-64")
+@pytest.mark.parametrize("short_side", [None, 32])
+def test_bytes_do_not_depend_on_the_processors_newer_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_side: int | None
+) -> None:
+    path = make_video(tmp_path / "clip.mp4", "-pix_fmt", "yuv420p", "-colorspace", "bt709")
+    settings = DecodeSettings(short_side=short_side)
+    expected = decode_video(path, settings)
+    program = tmp_path / "ffmpeg"
+    program.write_text(f'#!/bin/sh\nexec {ffmpeg_path()} -cpuflags -avx512icl-avx512-avx2-fma3-avx-sse4.2-sse4.1 "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(decode, "ffmpeg_path", lambda: str(program))
+    assert decode_video(path, settings) == expected
 
 
 def test_processor_time_limit_is_a_timeout_and_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
