@@ -80,33 +80,15 @@ def make_loader(
 ) -> "Loader":
     """Make the batches of one split for one rank.
 
-    The N clips of an epoch are divided over `ceil(N / (batch_size * world_size))` steps, and each step's clips over the ranks,
-    as evenly as can be: every rank has the same number of steps, each clip is shown exactly once an epoch, and no batch is
-    larger than `batch_size` or much smaller than the others.
-
     Args:
         shards: from `open_shards`.
         num_segments: T, frames a clip.
-        batch_size: the most clips a rank gets in a step.
-        train: True for random frames, crops, flips and order; False for the views of `num_clips` and `num_crops` and the order
-            of the index.
-        seed: of all draws.
-        num_workers: decoding threads; 0 decodes in the caller's thread. Does not change the batches.
-        pixels: H and W of a clip.
-        flip: what training does about mirror images: "swap" changes their labels as well, "none" makes none, "naive" keeps
-            labels as they are. Testing makes none.
-        rank: this process, from 0.
-        world_size: number of processes that share an epoch.
         subset: use the first so many videos of the split, in the index's order; None for all.
         sampling: "segments" takes a frame of each of T equal segments of the video, "dense" T frames `stride` apart.
         stride: of dense sampling, in frames.
-        num_clips: of each video in testing; see `views`.
-        num_crops: of each clip in testing. 10 shows mirror images, which is refused where labels tell left from right, unless
-            `flip` is "naive".
-        augmentation: of training, after crop and flip; testing makes none.
-        shuffle_shards: how many shards the training clips that are near each other come from; None for all if the shards are
-            local, for 16 if they are remote.
-        cache: of remote shards; must hold two more than clips come from at a time. None reads just the frames, when needed.
+        shuffle_shards: None for all if the shards are local, for 16 if they are remote.
+
+    The other arguments are those that `Loader` describes.
 
     Raises:
         ConfigError: if an argument is out of range, if there are too few videos to give each rank one in each step, if the
@@ -114,7 +96,7 @@ def make_loader(
         DataError: if `train` and a video has no label.
     """
     if shuffle_shards is None:
-        shuffle_shards = _REMOTE_SHUFFLE_SHARDS if Folder(shards.path).local is None else max(1, len(shards.ends))
+        shuffle_shards = _REMOTE_SHUFFLE_SHARDS if Folder(shards.path).local is None else len(shards.ends)
     return Loader(
         shards=shards,
         sampling=FrameSampling(num_segments, sampling, stride),
@@ -137,10 +119,35 @@ def make_loader(
 
 @dataclass(eq=False)
 class Loader:
-    """Batches of one split for one rank, an epoch an iteration. `make_loader` makes it and describes its settings.
+    """Batches of one split for one rank, an epoch an iteration; `make_loader` makes it.
+
+    The N clips of an epoch are divided over `ceil(N / (batch_size * world_size))` steps, and each step's clips over the ranks,
+    as evenly as can be: every rank has the same number of steps, each clip is shown exactly once an epoch, and no batch is
+    larger than `batch_size` or much smaller than the others.
 
     Successive iterations are epochs 0, 1, 2, ...; `seek` chooses another place. An iteration that is left early ends its
     threads and counts as an epoch.
+
+    Attributes:
+        shards: from `open_shards`.
+        sampling: how the frames of a clip are taken.
+        batch_size: the most videos a rank gets in a step.
+        train: True for random frames, crops, flips and order; False for the views of `num_clips` and `num_crops` and the order
+            of the index.
+        seed: of all draws.
+        num_workers: decoding threads; 0 decodes in the caller's thread. Does not change the batches.
+        pixels: H and W of a clip.
+        flip: what training does about mirror images: "swap" changes their labels as well, "none" makes none, "naive" keeps
+            labels as they are. Testing makes none but those of 10 crops.
+        rank: this process, from 0.
+        world_size: number of processes that share an epoch.
+        num_videos: N, the first of the split.
+        num_clips: of each video in testing; see `views`.
+        num_crops: of each clip in testing. 10 shows mirror images, which is refused where labels tell left from right, unless
+            `flip` is "naive".
+        augmentation: of training, after crop and flip; testing makes none.
+        shuffle_shards: how many shards the training clips that are near each other come from.
+        cache: of remote shards; must hold two more than clips come from at a time. None reads just the frames, when needed.
     """
 
     shards: ShardSplit
