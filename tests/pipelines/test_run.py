@@ -9,20 +9,24 @@ import pytest
 from pipelines.run import Interrupted, interruptible
 
 
+def work_and_clean_up(cleaned_up: list[bool]) -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except Interrupted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        cleaned_up.append(True)
+        raise
+
+
 def test_a_second_signal_does_not_break_off_the_cleaning_up() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    cleaned_up = []
+    cleaned_up: list[bool] = []
     try:
         with pytest.raises(Interrupted, match="SIGINT"), interruptible():
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(5)
-            except Interrupted:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
-                cleaned_up.append(True)
-                raise
+            work_and_clean_up(cleaned_up)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
