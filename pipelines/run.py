@@ -218,15 +218,21 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
+    is_interrupted = False
+
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        nonlocal is_interrupted
+        if not is_interrupted:  # `timeout` and impatient people send two; the second must not break off the cleaning up
+            is_interrupted = True
+            raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not is_interrupted:  # else the process is about to end, and stays deaf until then
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
