@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,39 @@ def resources() -> dict[str, float]:
 
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     return {"CPU": found.get("CPU", 0.0), "GPU": found.get("GPU", 0.0)}
+
+
+def node_resources(*, free: bool = False) -> list[dict[str, float]]:
+    """What each node of the connected cluster has, or with `free` what of it nobody holds; nodes that are drained are left out.
+
+    Reserving and giving back a placement group would be the public way to ask for free room, but one that is removed while it
+    is being placed can take its CPUs with it for good (Ray 2.60, seen with two nodes).
+    """
+    import ray
+    from ray._private import state
+
+    draining = state.state.get_draining_nodes()
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]  # Ray
+    available = state.available_resources_per_node() if free else nodes  # type: ignore[no-untyped-call]  # Ray leaves it
+    return [available.get(node_id, {}) for node_id in nodes if node_id not in draining]
+
+
+def describe_use() -> str:
+    """What of the cluster is free, and who holds the rest, as far as Ray tells: reservations and actors (not plain tasks)."""
+    import ray
+    from ray._private import state  # the public API for actors needs the dashboard, which a cluster of our own has not
+    from ray.util.placement_group import placement_group_table
+
+    have, free = resources(), ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    held = Counter(str(bundle) for group in groups for bundle in group["bundles"].values())
+    actors = Counter(
+        str(actor["ActorClassName"]) for actor in state.actors(actor_state_name="ALIVE").values() if not actor["IsDetached"]
+    )
+    lists = {"reserved are": held, "actors are": actors}
+    parts = [f"{name} " + ", ".join(f"{n} x {what}" for what, n in list_.items()) for name, list_ in lists.items() if list_]
+    head = f"of {have['CPU']:g} CPUs and {have['GPU']:g} GPUs {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
+    return "; ".join([head, *parts])
 
 
 def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, arguments: dict[str, Any]) -> R:

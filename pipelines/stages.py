@@ -153,6 +153,7 @@ def train(
     """Train with what the search found: Ray Train, data-parallel; goes on from the newest good checkpoint."""
     from pipelines.evaluation.figures import draw_curves
     from pipelines.training.job import TrainJob, save_model
+    from pipelines.training.rank import train_locally
     from pipelines.training.worker import train_on_cluster
 
     job = TrainJob(context.experiment, _place(shards), model, train, val_split=_val_split(shards)).with_overrides(
@@ -163,12 +164,15 @@ def train(
 
     def on_epoch(metrics: Any) -> None:
         context.run.log_metrics(metrics.to_dict(), step=metrics.epoch)
-        val = "" if metrics.val_top1 is None else f", val top-1 {metrics.val_top1:.1%}"
-        text = f"loss {metrics.train_loss:.3f}{val}, {metrics.clips_per_second:.0f} clips/s"
-        context.on_progress(metrics.epoch + 1, train.epochs, text)
 
     context.on_progress(0, train.epochs, f"epochs, from {model.start}; starting workers")
-    result = train_on_cluster(job, storage_dir=context.output_dir, on_epoch=on_epoch)
+    result = (train_locally if train.local else train_on_cluster)(
+        job,
+        storage_dir=context.output_dir,
+        mirror=None if train.checkpoints is None else Folder(train.checkpoints) / context.output_dir.stem,
+        on_epoch=on_epoch,
+        on_progress=context.on_progress,
+    )
     assert result.best is not None
     assert result.best_weights is not None
     save_model(context.output_dir / "model", job, result.best_weights)

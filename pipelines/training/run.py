@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from preprocessing.loader import Batch
 
 # What does not change the numbers, or does so by rounding only: a run may go on with other values of these.
-_OPERATIONAL = frozenset({"num_workers", "loader_threads", "checkpoint_every_steps", "max_failures"})
+_OPERATIONAL = frozenset(
+    {
+        *("num_workers", "min_workers", "wait_seconds", "local", "checkpoints"),
+        *("loader_threads", "checkpoint_every_steps", "max_failures"),
+    }
+)
 
 _log = logging.getLogger(__name__)
 

@@ -149,6 +149,11 @@ class TrainSettings(Settings):
             bf16 where the hardware has it, else fp32.
         seed: of the initial weights, the order of clips, the random draws of preprocessing and dropout.
         num_workers: Ray Train workers; 0 means one a GPU, or one without GPUs.
+        min_workers: with how few of them training starts and goes on while nodes are missing; None waits for all.
+        wait_seconds: how long to wait for CPUs and GPUs that others hold, or for lost nodes to come back.
+        local: train in the driver's own process, as one worker would, for a debugger.
+        checkpoints: a folder (path, `s3://` or `gs://` URL) that gets a copy of each checkpoint, and from which another machine
+            goes on; None keeps them in the store only.
         loader_threads: threads of each worker that read and decode.
         checkpoint_every_steps: steps between checkpoints; 0 writes one at each epoch's end only (which is always written).
         max_failures: how many lost workers a run survives.
@@ -182,12 +187,24 @@ class TrainSettings(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(default=0, ge=0)
     num_workers: int = Field(default=0, ge=0)
+    min_workers: int | None = Field(default=None, ge=1)
+    wait_seconds: float = Field(default=30.0, ge=0)
+    local: bool = False
+    checkpoints: str | None = None
     loader_threads: int = Field(default=2, ge=1)
     checkpoint_every_steps: int = Field(default=0, ge=0)
     max_failures: int = Field(default=3, ge=0)
     validate_every_epochs: int = Field(default=1, ge=1)
     subset: int | None = Field(default=None, ge=1)
     compat: CompatSettings = CompatSettings()
+
+    @model_validator(mode="after")
+    def _workers_fit_together(self) -> Self:
+        if self.min_workers is not None and 0 < self.num_workers < self.min_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, but num_workers is {self.num_workers}; it must not be less")
+        if self.local and self.num_workers > 1:
+            raise ValueError(f"local trains in one process, but num_workers is {self.num_workers}; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends_before_training(self) -> Self:

@@ -1,216 +1,295 @@
-"""Training on a Ray cluster: starts the workers, restarts them when one is lost, and tells the driver of each epoch.
+"""Training on a Ray cluster: finds room for the workers, starts them, and starts them again when one is lost or more fit.
 
-    <storage_dir>/checkpoints/   written by rank 0, read by all; the truth about how far training is
-                  failure.json   an error that a restart cannot cure, left by a worker
+    <storage_dir>/checkpoints/   written by rank 0; the truth about how far training is
                   ray/           Ray Train's own files; removed at the end
 
-Ray Train is given no checkpoints: it rewrites its snapshot of them in place, so that a kill at the wrong moment makes a run
-that cannot be resumed (RELIABILITY.md, F5). Each start has a fresh name there, and the workers go on from our newest good
-checkpoint. So that the two never disagree, epochs reach the driver through the manifests too, not through `ray.train.report`.
+Ray Train runs one attempt, with a fixed number of workers; how many, and whether there is another attempt, is decided here:
+
+- Its own elasticity kills the workers to change their number, which loses the steps since the last checkpoint; it looks at the
+  nodes every 20 s, and counts CPUs that others hold as free. Here workers are asked to stop: they save a checkpoint and return.
+- Its own restarts wait for the same number of workers as before, silently and for ever; here the wait is told and ends.
+- It is given no checkpoints: it rewrites its snapshot of them in place, so that a kill at the wrong moment makes a run that
+  cannot be resumed (RELIABILITY.md, F5). Each attempt has a fresh name there, and goes on from our newest good checkpoint.
+
+What stops an attempt and is no failure: SIGTERM to a worker, a node that is drained, room for more workers.
 """
 
-import json
 import logging
 import os
 import shutil
-import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infra import errors
+from infra.cluster import describe_use, node_resources
 from infra.errors import ClusterError, PipelineError, SagsmError
-from infra.storage import write_json
-from pipelines.training.checkpoint import read_history
-from pipelines.training.job import TrainJob, train_job
+from infra.filesystems import Folder
+from infra.progress import OnProgress
+from pipelines.training.board import Board, Listener, Reporter, Watch
+from pipelines.training.checkpoint_mirror import fetch
+from pipelines.training.job import TrainJob
 from pipelines.training.loop import TrainResult
-from pipelines.training.metrics import EpochMetrics
+from pipelines.training.metrics import EpochMetrics, StepStatus
+from pipelines.training.preemption import catch_sigterm, is_asked_to_end
+from pipelines.training.rank import CHECKPOINTS, train_rank
+from pipelines.training.room import WorkerPlan, count_places, find_room
+from pipelines.training.settings import TrainSettings
 
-_CHECKPOINTS, _FAILURE, _RAY = "checkpoints", "failure.json", "ray"
-_SECONDS_BETWEEN_LOOKS = 0.5
-_HEALTH_CHECK_SECONDS = 0.2  # Ray's own 2 s is how long a short run would wait at its end, and a lost worker go unnoticed
+_RAY = "ray"
 _COLLECTIVE_TIMEOUT_SECONDS = 300
-_MAX_STARTS = 10  # of the worker group, each given Ray's 60 s: time for other stages to give back what they hold
+_RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's own 2 s is how long a lost worker, or the end, would go unnoticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # there was room a moment before
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+_MAX_FAILED_STARTS = 3  # in a row: others may take what was free, a node may die
+_SECONDS_BETWEEN_RESIZES = 30.0  # starting workers again takes about half of that
+_SECONDS_BETWEEN_LOOKS = 2.0  # for more room, after that
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class WorkerPlan:
-    """How many workers there are, and what each one reserves."""
-
-    num_workers: int
-    cpus: int
-    use_gpu: bool
-
-
 def train_on_cluster(
-    job: TrainJob, *, storage_dir: Path, on_epoch: Callable[[EpochMetrics], None] | None = None
+    job: TrainJob,
+    *,
+    storage_dir: Path,
+    mirror: Folder | None = None,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainResult:
     """Train on the Ray cluster to which this process is connected, going on from what an interrupted run left.
 
     Args:
         job: what to train on what.
-        storage_dir: for checkpoints, on a disk that all workers see; made if it is missing. One training at a time.
+        storage_dir: for checkpoints, on a disk that all workers see, unless there is a `mirror`; made if it is missing. One
+            training at a time.
+        mirror: gets a copy of each checkpoint, from which training goes on where `storage_dir` has none.
         on_epoch: called in this process, from a thread of its own, once for each epoch in order, soon after it ended. The
             epochs that an earlier, interrupted run had done come first.
+        on_progress: told the steps, at most twice a second, and what is waited for.
 
     Raises:
-        ClusterError: if the cluster cannot hold the workers.
+        ClusterError: if the cluster cannot hold the workers, or others held it for longer than `train.wait_seconds`.
         PipelineError: if workers were lost more than `train.max_failures` times or failed in a way that is a defect.
         SagsmError: what a worker raised, with its own class and message; it is not tried again.
     """
-    import ray.train
+    import ray
 
-    alive_nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it
-    plan = plan_workers(job.train.num_workers, alive_nodes)
-    gpu = " and a GPU" if plan.use_gpu else ""
-    _log.info("%s: %d workers, each with %d CPUs%s", job.name, plan.num_workers, plan.cpus, gpu)
     storage_dir = storage_dir.resolve()
     storage_dir.mkdir(parents=True, exist_ok=True)
-    (storage_dir / _FAILURE).unlink(missing_ok=True)
+    listener = Listener(job.train.epochs, on_epoch, on_progress)
+    board = _make_board()
     try:
-        with _deliver_epochs(storage_dir / _CHECKPOINTS, on_epoch):
-            result: TrainResult | None = _make_trainer(job, plan, storage_dir).fit().return_value
-    except ray.train.TrainingFailedError as error:
-        _raise_failure(storage_dir / _FAILURE)
-        raise _explain(job, plan, error) from error
+        result = _attempt_until_done(job, storage_dir, mirror, listener, board)
     finally:
+        ray.kill(board)
         shutil.rmtree(storage_dir / _RAY, ignore_errors=True)
-    _raise_failure(storage_dir / _FAILURE)
-    assert result is not None
+    listener.hear_epochs(result.history)
+    _bring_home(result, storage_dir / CHECKPOINTS, mirror)
     return result
 
 
-def plan_workers(num_workers: int, nodes: Sequence[Mapping[str, float]]) -> WorkerPlan:
-    """Divide the cluster's CPUs and GPUs over the workers.
+def _attempt_until_done(job: TrainJob, storage_dir: Path, mirror: Folder | None, listener: Listener, board: Any) -> TrainResult:
+    import ray.train
 
-    Args:
-        num_workers: as asked for; 0 means one a GPU, or one without GPUs.
-        nodes: `CPU` and `GPU` of each node, in use or not.
+    num_failures = num_failed_starts = 0
+    result: TrainResult | None = None
+    plan: WorkerPlan | None = None
+    while result is None or not result.completed:
+        plan = find_room(job.train, listener.say, is_restart=plan is not None)
+        _log.info("%s: %s", job.name, plan)
+        listener.say(f"starting {plan}")
+        try:
+            result = _attempt(job, plan, storage_dir, mirror, listener, board)
+            num_failed_starts = 0
+        except ray.train.ControllerError as error:
+            num_failed_starts += 1
+            if num_failed_starts > _MAX_FAILED_STARTS:
+                raise ClusterError(
+                    f"{plan} could not be started for {job.name}: {error.controller_failure}. {describe_use()}. "
+                    "Run again: training goes on from its last checkpoint"
+                ) from error
+        except ray.train.PreemptionError as error:
+            _log.warning("%s: %s", job.name, error)
+        except ray.train.WorkerGroupError as error:
+            num_failed_starts = 0
+            causes = _causes(error.worker_failures)
+            num_failures += not any(_is_preempted(cause) for cause in error.worker_failures.values())
+            if num_failures > job.train.max_failures:
+                raise PipelineError(
+                    f"training {job.name} failed more than train.max_failures={job.train.max_failures} times, last with "
+                    f"{causes or error}. Run again to go on from the last checkpoint"
+                ) from error
+            _log.warning("%s: lost workers (%s), starts again from its last checkpoint", job.name, causes)
+    return result
 
-    Returns:
-        A plan in which each worker has as many whole CPUs as all can have, and one GPU if the cluster has any.
 
-    Raises:
-        ClusterError: if the cluster could never hold so many workers, with what was asked for and what there is.
-    """
-    cpus = [int(node.get("CPU", 0)) for node in nodes]
-    gpus = [int(node.get("GPU", 0)) for node in nodes]
-    use_gpu = sum(gpus) > 0
-    num_workers = num_workers or sum(gpus) or 1
-    for each in range(max(1, sum(cpus) // num_workers), 0, -1):
-        places = [min(cpu // each, gpu) if use_gpu else cpu // each for cpu, gpu in zip(cpus, gpus, strict=True)]
-        if sum(places) >= num_workers:
-            return WorkerPlan(num_workers, each, use_gpu)
-    there = "; ".join(f"{cpu} CPUs, {gpu} GPUs" for cpu, gpu in zip(cpus, gpus, strict=True))
-    raise ClusterError(
-        f"train.num_workers asks for {num_workers} workers with 1 CPU{' and 1 GPU' if use_gpu else ''} each; "
-        f"the cluster has {len(nodes)} nodes ({there}). Lower train.num_workers or add nodes"
-    )
+def _attempt(
+    job: TrainJob, plan: WorkerPlan, storage_dir: Path, mirror: Folder | None, listener: Listener, board: Any
+) -> TrainResult:
+    """Train with these workers until the end, or until they were asked to stop."""
+    import ray.train
+
+    must_resume = bool(listener.history) or any((storage_dir / CHECKPOINTS).glob("step-*"))
+    config = {"job": job, "storage_dir": storage_dir, "mirror": mirror, "must_resume": must_resume}
+    trainer = _make_trainer(job.name, plan, storage_dir, config | {"num_threads": plan.cpus, "board": board})
+    ray.get(board.begin.remote())
+    try:
+        with Watch(partial(_read_board, board), listener, _Growth(board, plan, job.train).look):
+            result: TrainResult = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        for cause in error.worker_failures.values():
+            if isinstance(cause, SagsmError):
+                raise cause from error
+        raise
+    return result
 
 
-def _make_trainer(job: TrainJob, plan: WorkerPlan, storage_dir: Path) -> Any:
+def _make_trainer(name: str, plan: WorkerPlan, storage_dir: Path, config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_HEALTH_CHECK_SECONDS))
+    for variable, value in _RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     return TorchTrainer(
         _run_worker,  # type: ignore[arg-type]  # the stubs are those of Train V1: no return value
-        train_loop_config={"job": job, "storage_dir": storage_dir, "num_threads": plan.cpus},
+        train_loop_config=config,
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.num_workers,
-            use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": plan.cpus, **({"GPU": 1} if plan.use_gpu else {})},
+            num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.bundle
         ),
         run_config=ray.train.RunConfig(
-            name=f"{job.name}-{uuid.uuid4().hex[:8]}",
+            name=f"{name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage_dir / _RAY),
             failure_config=ray.train.FailureConfig(
-                max_failures=job.train.max_failures,
-                controller_failure_limit=_MAX_STARTS,  # type: ignore[call-arg]  # V1's stub
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]  # V1's stub
+                max_preemption_failures=0,
             ),
         ),
     )
 
 
-def _run_worker(config: dict[str, Any]) -> TrainResult | None:
-    """What each worker process runs; after an error that a restart cannot cure, the restarted group ends at once."""
-    import ray.train
+def _run_worker(config: dict[str, Any]) -> TrainResult:
+    """What each worker process runs."""
+    import ray
     import ray.train.torch
+    from ray.train.v2._internal.execution.context import get_train_context
 
-    failure_path: Path = config["storage_dir"] / _FAILURE
-    if failure_path.exists():
-        return None
+    # This is a thread; signals are handled in the main thread, which takes calls to Ray Train's actor.
+    ray.get(ray.get_runtime_context().current_actor.execute.remote(catch_sigterm))
     torch.set_num_threads(config["num_threads"])
     context = ray.train.get_context()
+    teller = _BoardTeller(config["board"])
+    reporter = Reporter(config["storage_dir"] / CHECKPOINTS, teller.tell_status, teller.tell_epochs)
+
+    # `ray.train.get_preemption_info` is a collective through Ray in each step; the loop puts the answers of all ranks together.
+    preemption = get_train_context().preemption_context
+
+    def should_stop() -> bool:
+        return teller.told_to_stop or is_asked_to_end() or preemption.preemption_info is not None
+
+    return train_rank(
+        config["job"],
+        storage_dir=config["storage_dir"],
+        mirror=config["mirror"],
+        device=ray.train.torch.get_device(),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        must_resume=config["must_resume"],
+        on_epoch=reporter.on_epoch,
+        on_step=reporter.on_step,
+        should_stop=should_stop,
+    )
+
+
+class _BoardTeller:
+    """Writes on the board without waiting for it; what it answered to the last status is seen at the next."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+        self.told_to_stop = False
+
+    def tell_status(self, status: StepStatus) -> None:
+        import ray
+
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            try:
+                self.told_to_stop = ray.get(self._answer)
+            except ray.exceptions.RayActorError as error:
+                _log.warning("the progress of this step was not told: %s", error)
+        self._answer = self._board.write_status.remote(asdict(status))
+
+    def tell_epochs(self, history: Sequence[EpochMetrics]) -> None:
+        self._board.write_history.remote([metrics.to_json() for metrics in history])
+
+
+class _Growth:
+    """Looks now and then whether there is room for one more worker; if so, asks training to stop and start again with it."""
+
+    def __init__(self, board: Any, plan: WorkerPlan, settings: TrainSettings) -> None:
+        has_more = plan.num_workers < settings.num_workers or (settings.num_workers == 0 and plan.use_gpu)
+        self._may_grow = settings.min_workers is not None and has_more
+        self._board, self._plan = board, plan
+        self._next = time.monotonic() + _SECONDS_BETWEEN_RESIZES
+
+    def look(self) -> None:
+        """For `Watch`."""
+        if not self._may_grow or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+        if count_places(self._plan, node_resources(free=True)):
+            _log.info("there is room for one more worker; training saves a checkpoint and starts again with it")
+            self._board.ask_to_stop.remote()
+            self._may_grow = False
+
+
+def _make_board() -> Any:
+    """The board as an actor on this node, where it lives as long as the driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_restarts=-1)(Board).options(scheduling_strategy=here).remote()
+
+
+def _read_board(board: Any) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    import ray
+
     try:
-        return train_job(
-            config["job"],
-            checkpoint_dir=config["storage_dir"] / _CHECKPOINTS,
-            device=ray.train.torch.get_device(),
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-        )
-    except SagsmError as error:
-        write_json(failure_path, {"class": type(error).__name__, "message": str(error)})
-        raise
+        found: tuple[dict[str, Any] | None, list[dict[str, Any]]] = ray.get(board.read.remote())
+    except ray.exceptions.RayActorError:  # it starts again, and rank 0 tells it all anew
+        return None, []
+    return found
 
 
-@contextmanager
-def _deliver_epochs(checkpoint_dir: Path, on_epoch: Callable[[EpochMetrics], None] | None) -> Iterator[None]:
-    """Call `on_epoch` for each epoch in order, from a thread, while the `with` block runs, and for the rest at its end."""
-    if on_epoch is None:
-        yield
+def _bring_home(result: TrainResult, folder: Path, mirror: Folder | None) -> None:
+    """See that the weights are on this machine's disk, from the mirror if rank 0 ran elsewhere."""
+    if result.best_weights is None or result.best_weights.exists():
         return
-    ended = threading.Event()
-
-    def watch() -> None:
-        num_delivered = 0
-        is_last_look = False
-        while not is_last_look:
-            is_last_look = ended.wait(_SECONDS_BETWEEN_LOOKS)
-            for metrics in read_history(checkpoint_dir)[num_delivered:]:
-                on_epoch(metrics)
-                num_delivered += 1
-
-    with ThreadPoolExecutor(1, thread_name_prefix="epochs") as pool:
-        watching = pool.submit(watch)
-        try:
-            yield
-        finally:
-            ended.set()
-        watching.result()
-
-
-def _raise_failure(path: Path) -> None:
-    """Raise what a worker raised, if it left an error."""
-    if path.exists():
-        failure = json.loads(path.read_bytes())
-        kind: type[SagsmError] = getattr(errors, failure["class"])
-        raise kind(failure["message"])
-
-
-def _explain(job: TrainJob, plan: WorkerPlan, error: Exception) -> SagsmError:
-    """Turn Ray Train's error into ours, the likeliest cause first."""
-    controller_failure = getattr(error, "controller_failure", None)
-    if controller_failure is not None:
-        return ClusterError(
-            f"{plan.num_workers} workers of {job.name} with {plan.cpus} CPUs each could not be started: {controller_failure}. "
-            "Look with `ray status` what holds the cluster's CPUs, and run again: training goes on from its last checkpoint"
+    if mirror is not None:
+        fetch(mirror, folder)
+    if not result.best_weights.exists():
+        raise PipelineError(
+            f"training ended, but {result.best_weights} is not on this machine: rank 0 ran on another node. Put the work "
+            "directory on a disk that all nodes see, or set train.checkpoints to an s3:// URL, and run again"
         )
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+
+
+def _is_preempted(cause: Exception) -> bool:
+    """Whether a worker died with a node that was being drained (Ray wraps that error in one of its own)."""
+    return bool(getattr(getattr(cause, "health_check_failure", cause), "preempted", False))
+
+
+def _causes(failures: Mapping[int, Exception]) -> str:
+    """What happened to which rank, the likeliest cause first."""
     # When a rank is lost, the others fail in their collectives with a RuntimeError.
     causes = sorted(failures.items(), key=lambda item: (isinstance(item[1], RuntimeError), item[0]))
-    text = "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, cause in causes) or str(error)
-    return PipelineError(
-        f"training {job.name} failed more than train.max_failures={job.train.max_failures} times, last with {text}. "
-        "Run again to go on from the last checkpoint"
-    )
+    return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, cause in causes)
