@@ -251,7 +251,7 @@ def test_with_default_settings_every_gamma_and_gate_moves(tiny):
 
 
 def test_the_seed_code_logs_three_quarters_of_ln_174_at_first(tiny):
-    """A new classifier is near uniform over 174 classes (PAPER_NOTES.md, "exact targets"), and the published loop logs half of the
+    """A new classifier is near uniform over 174 classes ("exact targets" of the notes); the published loop logs half of the
     first micro batch's loss, and then half of the first and half of the second.
     """
     config = apply_preset(
