@@ -16,8 +16,10 @@ from infra.settings import Settings, apply_overrides
 from infra.storage import atomic_path, sha256_file, sha256_json, write_json
 from pipelines.training.metrics import EpochMetrics, StepStatus
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
+from preprocessing.augment import NO_AUGMENTATION, Augmentation
 from preprocessing.loader import Loader, make_loader
 from preprocessing.reader import ShardSplit, open_shards
+from preprocessing.shard_cache import ShardCache
 
 if TYPE_CHECKING:
     import torch
@@ -168,6 +170,11 @@ def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings"
         seed=train.seed,
         num_workers=settings.loader_threads,
         pixels=train.pixels,
+        sampling=train.sampling,
+        stride=train.stride,
+        num_clips=settings.num_clips,
+        num_crops=settings.num_crops,
+        cache=_shard_cache(train),
     )
     model.to(device)
     scores = score_clips(model, loader, device, resolve_precision(train.precision, device))
@@ -190,4 +197,17 @@ def _loader(job: TrainJob, shards: ShardSplit, *, is_train: bool, rank: int, wor
         rank=rank,
         world_size=world_size,
         subset=settings.subset if is_train else None,
+        sampling=settings.sampling,
+        stride=settings.stride,
+        augmentation=_augmentation(settings) if is_train else NO_AUGMENTATION,
+        shuffle_shards=settings.shuffle_shards,
+        cache=_shard_cache(settings),
     )
+
+
+def _augmentation(settings: TrainSettings) -> Augmentation:
+    return Augmentation(settings.randaugment_ops, settings.randaugment_magnitude, settings.erase_probability)
+
+
+def _shard_cache(settings: TrainSettings) -> ShardCache | None:
+    return None if settings.shard_cache is None else ShardCache(settings.shard_cache.absolute(), settings.shard_cache_bytes)

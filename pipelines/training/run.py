@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OPERATIONAL = frozenset(
     {
         *("num_workers", "min_workers", "wait_seconds", "local", "checkpoints"),
-        *("loader_threads", "checkpoint_every_steps", "max_failures"),
+        *("loader_threads", "checkpoint_every_steps", "max_failures", "shard_cache", "shard_cache_bytes"),
     }
 )
 

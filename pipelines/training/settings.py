@@ -143,8 +143,16 @@ class TrainSettings(Settings):
         precise_bn_batches: training batches from which the statistics of norms are measured anew before each validation; 0
             leaves them as training's moving averages.
         flip: `swap` mirrors half of the clips and swaps left/right labels, `naive` does not swap, `none` does not mirror (D7).
+        randaugment_ops: operations of RandAugment on each training clip, the same for its frames; 0 for none.
+        randaugment_magnitude: their strength.
+        erase_probability: chance that a rectangle of a training clip is filled with noise.
         pixels: height and width of the crops.
         num_segments: T, frames taken from each video; the only place where it is set (D27).
+        sampling: `segments` takes one frame of each of T equal segments, `dense` takes T frames `stride` apart.
+        stride: of dense sampling, in frames.
+        shuffle_shards: clips that follow one another come from so many shards; None for all, or for 16 if shards are remote.
+        shard_cache: local folder for copies of remote shards; None reads frames from afar.
+        shard_cache_bytes: of all copies together.
         precision: `bf16` and `fp16` compute convolutions in that type over fp32 weights, `fp16` with a scaled loss; `auto` is
             bf16 where the hardware has it, else fp32.
         seed: of the initial weights, the order of clips, the random draws of preprocessing and dropout.
@@ -182,8 +190,16 @@ class TrainSettings(Settings):
     batch_norm: Literal["train", "sync", "partial", "frozen"] = "train"
     precise_bn_batches: int = Field(default=0, ge=0)
     flip: Literal["swap", "none", "naive"] = "swap"
+    randaugment_ops: int = Field(default=0, ge=0)
+    randaugment_magnitude: int = Field(default=9, ge=0, le=30)
+    erase_probability: float = Field(default=0.0, ge=0, le=1)
     pixels: int = Field(default=224, ge=32)
     num_segments: int = Field(default=8, ge=1)
+    sampling: Literal["segments", "dense"] = "segments"
+    stride: int = Field(default=8, ge=1)
+    shuffle_shards: int | None = Field(default=None, ge=1)
+    shard_cache: Path | None = None
+    shard_cache_bytes: int = Field(default=20 * 10**9, ge=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(default=0, ge=0)
     num_workers: int = Field(default=0, ge=0)

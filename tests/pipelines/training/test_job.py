@@ -58,3 +58,19 @@ def test_a_trial_is_the_long_training_in_small():
     train = TrainSettings(epochs=60, warmup_epochs=6, schedule="sgdr", sgdr_period_epochs=20)
     short = trial_job("", ModelSettings(), train, SearchSettings(max_epochs=6), val_split="validation").train
     assert (short.epochs, short.warmup_epochs, short.sgdr_period_epochs) == (6, 0.6, 2.0)
+
+
+def test_sampling_and_augmentation_reach_the_clips_that_are_trained_on(shards_dir):
+    """Validation sees the sampling, and nothing of the augmentation."""
+
+    def losses(**changes):
+        job = job_of(shards_dir, learning_rate=1e-12, subset=8, batch_norm="frozen", epochs=1, warmup_epochs=0.0, **changes)
+        (epoch,) = train_job(job, checkpoint_dir=None, device=CPU).history
+        return epoch.train_loss, epoch.val_loss
+
+    train, val = losses()
+    for changes in ({"randaugment_ops": 2}, {"erase_probability": 1.0}):
+        changed_train, same_val = losses(**changes)
+        assert changed_train != train, changes
+        assert same_val == pytest.approx(val, abs=1e-9), changes
+    assert losses(sampling="dense", stride=1)[1] != pytest.approx(val, abs=1e-9)
