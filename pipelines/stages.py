@@ -165,7 +165,7 @@ def train(
     def on_epoch(metrics: Any) -> None:
         context.run.log_metrics(metrics.to_dict(), step=metrics.epoch)
 
-    context.on_progress(0, train.epochs, f"epochs, from {model.start}; starting workers")
+    context.on_progress(0, train.epochs, f"epochs, from {model.start}")
     result = (train_locally if train.local else train_on_cluster)(
         job,
         storage_dir=context.output_dir,
