@@ -222,6 +222,8 @@ def _ffmpeg_command(
         flags="+bitexact",
         **seek,
     )
+    # ffmpeg encodes too. Planes through the pipe and libjpeg-turbo in the worker cost a tenth less processor time in all, but
+    # at the same quality (45.8 dB of luma, 49.4 of chroma, the tests' clips at 256 px) a fifth to two fifths more bytes.
     output = source["V:0"].output(
         "pipe:1",
         format="image2pipe",
