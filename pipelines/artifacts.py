@@ -94,7 +94,7 @@ class Store:
         return artifact, ""
 
     def history(self, stage: str, experiment: str, variant: str = "") -> list[Artifact]:
-        """Finished artifacts that `experiment` made of `stage`, for this variant of a comparison or for all, the newest first."""
+        """Finished artifacts that `experiment` made of `stage`, for this variant or for all, the newest first."""
         found = []
         for manifest_path in (self.root / stage).glob(f"*/{_MANIFEST}"):
             folder = manifest_path.parent

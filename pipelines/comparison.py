@@ -1,9 +1,9 @@
 """Experiments that compare: named variants, some seeds, and one graph in which what they share is made once.
 
     index -> shards -> audit
-                    -> search:tsn:s0 -> train:tsn:s0 -> evaluate:tsn:s0 \\
-                    -> search:tsn:s1 -> train:tsn:s1 -> evaluate:tsn:s1  -> compare
-                    -> search:gsm:s0 -> train:gsm:s0 -> evaluate:gsm:s0 /
+                    -> search:tsn:s0 -> train:tsn:s0 -> evaluate:tsn:s0 --.
+                    -> search:tsn:s1 -> train:tsn:s1 -> evaluate:tsn:s1 ---> compare
+                    -> search:gsm:s0 -> train:gsm:s0 -> evaluate:gsm:s0 --'
 
 A node's name is that of its stage, of the variant and, with several seeds, of the seed; nodes of all variants have the stage's.
 """
@@ -43,7 +43,7 @@ class Comparison(Settings):
     variants: dict[str, ExperimentConfig] = Field(min_length=2)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     baseline: str
-    expected: dict[str, tuple[float, float]] = {}
+    expected: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,7 +66,9 @@ class Comparison(Settings):
                 if getattr(config, section) != getattr(first, section):
                     raise ValueError(f"variants {first_name} and {name} differ in {section}; expected the same clips for all")
             if config.evaluate.split != first.evaluate.split:
-                raise ValueError(f"variants {first_name} and {name} are judged on different splits; expected one evaluate.split")
+                raise ValueError(
+                    f"variants {first_name} and {name} are judged on different splits; expected one evaluate.split"
+                )
             twin = seen.setdefault(config.model_dump_json(), name)
             if twin != name:
                 raise ValueError(f"variants {twin} and {name} have the same settings; expected a difference to look for")
@@ -124,9 +126,7 @@ class Trained:
     evaluate: Artifact
 
 
-def plan_comparison(
-    stages: Sequence[Stage], comparison: Comparison, experiment: str, store: Store
-) -> list[PlannedStage]:
+def plan_comparison(stages: Sequence[Stage], comparison: Comparison, experiment: str, store: Store) -> list[PlannedStage]:
     """Plan every variant with every seed, once what has one fingerprint, and the stage that compares them."""
     table = [_reading_raw_data_once(stage) for stage in stages if stage.name != _LEFT_OUT]
     plans = {
@@ -144,7 +144,8 @@ def plan_comparison(
                 needs = {need: nodes[key_of[need]].name for need in item.needs}
                 nodes[key] = replace(item, name=name, needs=needs, variant="" if of_all else label)
     made = {
-        label: {item.stage.name: nodes[item.stage.name, item.fingerprint] for item in planned} for label, planned in plans.items()
+        label: {item.stage.name: nodes[item.stage.name, item.fingerprint] for item in planned}
+        for label, planned in plans.items()
     }
     return [*nodes.values(), _plan_compare(comparison, made, experiment, store)]
 
@@ -168,9 +169,7 @@ def _reading_raw_data_once(stage: Stage) -> Stage:
 def _plan_compare(
     comparison: Comparison, made: Mapping[str, Mapping[str, PlannedStage]], experiment: str, store: Store
 ) -> PlannedStage:
-    nodes = {
-        node.name: node for stages in made.values() for node in (stages["shards"], stages["train"], stages["evaluate"])
-    }
+    nodes = {node.name: node for stages in made.values() for node in (stages["shards"], stages["train"], stages["evaluate"])}
     names = {label: (stages["train"].name, stages["evaluate"].name) for label, stages in made.items()}
     provenance = Provenance(
         stage="compare",
@@ -195,9 +194,7 @@ def _compare(
     """All evaluations -> a table, pictures and the verdict; `made` holds the artifacts by the names of their nodes."""
     from pipelines.reports.comparison import compare_trained, write_comparison
 
-    trained = [
-        Trained(training, *(made[name] for name in names[training.label])) for training in comparison.trainings()
-    ]
+    trained = [Trained(training, *(made[name] for name in names[training.label])) for training in comparison.trainings()]
     results = compare_trained(comparison, trained)
     page = write_comparison(context.output_dir, f"sagsm: {context.experiment}", comparison, trained, results)
     context.run.log_file(page, "report")

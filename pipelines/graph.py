@@ -256,9 +256,7 @@ def _execute(
     inputs = {need: artifact for need, node in item.needs.items() if (artifact := results[node].artifact) is not None}
     try:
         artifact = run_stage(item, inputs)
-        result = StageResult(
-            item.name, "ran", time.monotonic() - started, item.fingerprint, artifact, artifact.mlflow_run_id
-        )
+        result = StageResult(item.name, "ran", time.monotonic() - started, item.fingerprint, artifact, artifact.mlflow_run_id)
     except Exception as error:
         # Handed to the caller, who shows our own errors as messages and re-raises all others.
         result = StageResult(item.name, "failed", time.monotonic() - started, item.fingerprint, None, None, error)

@@ -140,14 +140,10 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
             tags |= {"pipeline": pipeline.name, **({"variant": item.variant} if item.variant else {})}
             words = [item.variant.replace(":", " "), stage.name, pipeline.name.split()[0]]
             resumed = json.loads(run_file.read_bytes())["run_id"] if run_file.exists() else None
-            with tracker.start_run(
-                " ".join(words).strip(), parent=pipeline.run_id, tags=tags, resume_id=resumed
-            ) as run:
+            with tracker.start_run(" ".join(words).strip(), parent=pipeline.run_id, tags=tags, resume_id=resumed) as run:
                 write_json(run_file, {"run_id": run.run_id})
                 run.log_params(item.provenance.config)
-                context = StageContext(
-                    output_dir, run, tracker, progress.for_stage(item.name), request.experiment, item.config
-                )
+                context = StageContext(output_dir, run, tracker, progress.for_stage(item.name), request.experiment, item.config)
                 sections = {section: getattr(item.config, section) for section in stage.settings}
                 started = time.monotonic()
                 try:

@@ -42,7 +42,7 @@ def draw_top1(path: Path, variants: Mapping[str, Mapping[str, Any]], chance: flo
         if facts["published_top1"] is not None:
             axes.plot(100 * facts["published_top1"], row, "D", color=_GREY, markerfacecolor="none", markersize=7)
     axes.axvline(100 * chance, color=_GREY, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(variants)), list(variants), parse_math=False)
+    axes.set_yticks(range(len(variants)), list(variants))
     axes.set_ylim(len(variants) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.set_xlabel("top-1, %")
@@ -76,7 +76,9 @@ def draw_variant_curves(path: Path, curves: Curves) -> Path:
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], colour: Any, label: str) -> None:
     if points:
-        axes.plot(*zip(*points, strict=True), color=colour, label=label or "_unlisted", marker="o", markersize=2.5, linewidth=1.2)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, label=label or "_unlisted", marker="o", markersize=2.5, linewidth=1.2
+        )
 
 
 def _colours(num_variants: int) -> list[Any]:

@@ -49,7 +49,9 @@ def compare_trained(comparison: "Comparison", trained: Sequence["Trained"]) -> d
     num_classes = json.loads((trained[0].evaluate.path / "evaluation.json").read_bytes())["num_classes"]
     variants = {}
     for name, config in comparison.variants.items():
-        by_seed = {str(item.training.seed): item.evaluate.summary["metrics"] for item in trained if item.training.variant == name}
+        by_seed = {
+            str(item.training.seed): item.evaluate.summary["metrics"] for item in trained if item.training.variant == name
+        }
         top1, expected = float(hits[name].mean()), comparison.expected.get(name)
         variants[name] = {
             "top1": top1,
@@ -68,9 +70,7 @@ def compare_trained(comparison: "Comparison", trained: Sequence["Trained"]) -> d
         "num_clips": next(iter(hits.values())).shape[1],
         "chance": 1 / num_classes,
         "variants": variants,
-        "differences": {
-            name: _judge(name, comparison, hits) for name in comparison.variants if name != comparison.baseline
-        },
+        "differences": {name: _judge(name, comparison, hits) for name in comparison.variants if name != comparison.baseline},
     }
     return {"verdict": verdict(results), **results}
 
@@ -191,8 +191,8 @@ def _doubts(comparison: "Comparison", results: Mapping[str, Any]) -> Iterator[st
         yield f"{num_seeds} seeds each: the spread between seeds is itself hardly known, which is why intervals are wide."
     if num_differences > 1:
         yield (
-            f"{num_differences} differences are judged at 95 % each: where there is none, one in twenty such verdicts still says "
-            "separable."
+            f"{num_differences} differences are judged at 95 % each: where there is none, one in twenty such verdicts still "
+            "says separable."
         )
     if results["split"] == "validation" or comparison.config.dataset.name == "diving48":
         yield "The same clips chose the best epoch of each training, so the numbers are somewhat too high for unseen clips."

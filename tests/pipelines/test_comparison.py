@@ -123,7 +123,9 @@ def test_more_seeds_train_only_those_and_reasons_compare_a_variant_with_itself(t
     assert [name for name, reason in more.items() if reason] == [*new, "compare"]
     assert more["train:gsm:s2"] == "never ran"
     changed = plan(comparison.with_overrides({"train.epochs": 5}), store)
-    assert {item.reason for item in changed if item.stage.name == "train"} == {"train.epochs 13 -> 5; needs search, which changed"}
+    assert {item.reason for item in changed if item.stage.name == "train"} == {
+        "train.epochs 13 -> 5; needs search, which changed"
+    }
 
 
 def test_only_takes_one_node_or_all_of_a_stage(tmp_path, comparison):
@@ -176,7 +178,7 @@ def test_variants_with_other_clips_are_refused(comparison, change, message):
 @pytest.mark.parametrize(("baseline", "expected"), [("c", {}), ("a", {"c": (0.0, 1.0)}), ("a b", {})])
 def test_names_that_are_no_variants_are_refused(comparison, baseline, expected):
     variants = {name: comparison.variants[old] for name, old in (("a", "tsn"), ("b", "gsm"))}
-    with pytest.raises(ValueError, match="there is no variant c|cannot be part of a run's name"):
+    with pytest.raises(ValueError, match=r"there is no variant c|cannot be part of a run's name"):
         Comparison(variants=variants, baseline=baseline, expected=expected)
 
 
