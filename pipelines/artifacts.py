@@ -93,15 +93,15 @@ class Store:
                 return None, f"{name} has {size} bytes in the store, {entry['bytes']} were written"
         return artifact, ""
 
-    def history(self, stage: str, experiment: str) -> list[Artifact]:
-        """Finished artifacts that `experiment` made of `stage`, the newest first."""
+    def history(self, stage: str, experiment: str, variant: str = "") -> list[Artifact]:
+        """Finished artifacts that `experiment` made of `stage`, for this variant or for all, the newest first."""
         found = []
         for manifest_path in (self.root / stage).glob(f"*/{_MANIFEST}"):
             folder = manifest_path.parent
             if folder.name.endswith(".partial"):
                 continue
             manifest = _read_manifest(folder)
-            if manifest["experiment"] == experiment:
+            if manifest["experiment"] == experiment and manifest.get("variant", "") in ("", variant):
                 found.append((manifest_path.stat().st_mtime_ns, Artifact(stage, folder.name, folder, manifest)))
         return [artifact for _, artifact in sorted(found, key=lambda item: item[0], reverse=True)]
 

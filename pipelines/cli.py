@@ -4,6 +4,7 @@ Tables are for people, `--json` is for programs: one JSON document as the last t
 standard error. Errors that a user can mend are one message and exit code 2.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -77,8 +78,8 @@ def plan(
     if as_json:
         rows = [
             {
-                "name": item.stage.name,
-                "needs": list(item.stage.needs),
+                "name": item.name,
+                "needs": list(item.needs.values()),
                 "status": "cached" if item.artifact else "run",
                 "reason": item.reason,
                 "fingerprint": item.fingerprint,
@@ -88,10 +89,13 @@ def plan(
         ]
         print_json({"stages": rows, "training": training, **({"estimate": forecast[0]} if forecast else {})})
         return
-    print(f"{'stage':<10}{'needs':<42}{'status':<8}why")
+    width = max(10, *(len(item.name) + 2 for item in planned))
+    stage_of = {item.name: item.stage.name for item in planned}
+    print(f"{'stage':<{width}}{'needs':<42}{'status':<8}why")
     for item in planned:
+        needs = ", ".join(dict.fromkeys(stage_of[node] for node in item.needs.values())) or "-"
         status = "cached" if item.artifact else "run"
-        print(f"{item.stage.name:<10}{', '.join(item.stage.needs) or '-':<42}{status:<8}{item.reason}".rstrip())
+        print(f"{item.name:<{width}}{needs:<42}{status:<8}{item.reason}".rstrip())
     print(f"\n{preview_text(training)}")
     if forecast:
         print(f"\n{forecast[1]}")
@@ -150,22 +154,42 @@ def _run_document(outcome: Any) -> dict[str, Any]:
 
 def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     numbers = outcome.numbers
-    if numbers:
+    if "variants" in numbers:
+        _print_comparison(numbers)
+    elif numbers:
         print(
             f"\n{request.config.evaluate.split} top-1 {numbers['top1']:.1%}, top-5 {numbers['top5']:.1%}, "
             f"mean class accuracy {numbers['mean_class_accuracy']:.1%}"
         )
-    report = next((result.artifact for result in outcome.stages if result.name == "report" and result.artifact), None)
-    if report:
-        print(f"report:    {report.path / 'index.html'}")
+    pages = [result.artifact for result in outcome.stages if result.name in ("report", "compare") and result.artifact]
+    for page in pages:
+        print(f"report:    {page.path / 'index.html'}")
     ui = "sagsm ui" if request.workdir == Path("work").absolute() else f"sagsm ui --workdir {request.workdir}"
     if outcome.mlflow_path:
         print(f"MLflow:    {ui}   then http://127.0.0.1:5000/{outcome.mlflow_path.lstrip('/')}")
     else:
         print(f"MLflow:    {ui}")
-    others = [assignment for assignment in set_ or [] if not assignment.startswith("search.num_trials=")]
-    more = [*others, f"search.num_trials={request.config.search.num_trials + 4}"]
-    print(f"next:      {_command('run', request.experiment, more, None, request.workdir)}")
+    if request.comparison is None:
+        more = f"search.num_trials={request.config.search.num_trials + 4}"
+    else:
+        more = f"seeds={json.dumps([*request.comparison.seeds, max(request.comparison.seeds) + 1], separators=(',', ':'))}"
+    others = [assignment for assignment in set_ or [] if assignment.partition("=")[0] != more.partition("=")[0]]
+    print(f"next:      {_command('run', request.experiment, [*others, more], None, request.workdir)}")
+
+
+def _print_comparison(results: dict[str, Any]) -> None:
+    def row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
+        low, high = facts["top1_interval"]
+        seeds = " ".join(f"{100 * metrics['top1']:.1f}" for metrics in facts["seeds"].values())
+        found = results["differences"].get(name)
+        points = "baseline" if found is None else f"{100 * found['top1']:+.1f}"
+        apart = "" if found is None else "separable" if found["separable"] else "not separable"
+        return name, f"{facts['top1']:.1%}", f"{low:.1%} to {high:.1%}", seeds, f"{facts['parameters']:,}", points, apart
+
+    print(f"\n{results['verdict']}\n")
+    header = ("variant", "top-1", "95 % interval", "by seed", "parameters", "points", "from noise")
+    print_table(header, [row(name, facts) for name, facts in results["variants"].items()])
+    print()
 
 
 @app.command()
@@ -239,12 +263,16 @@ def _forecast(request: Any, wanted: bool, cpus: list[int] | None) -> tuple[dict[
 
 def _request(experiment: str, set_: list[str] | None, only: str | None, workdir: Path, address: str | None) -> Any:
     from infra.settings import parse_assignments
+    from pipelines.comparison import Comparison
     from pipelines.experiments import find_experiment
-    from pipelines.experiments.presets import apply_preset
+    from pipelines.presets import apply_preset
     from pipelines.run import Request
 
-    config = apply_preset(find_experiment(experiment)(), parse_assignments(set_ or []))
-    return Request(experiment, config, workdir.absolute(), address, only)
+    found, overrides = find_experiment(experiment)(), parse_assignments(set_ or [])
+    if isinstance(found, Comparison):
+        comparison = found.with_overrides(overrides)
+        return Request(experiment, comparison.config, workdir.absolute(), address, only, comparison)
+    return Request(experiment, apply_preset(found, overrides), workdir.absolute(), address, only)
 
 
 def _command(verb: str, experiment: str, set_: list[str] | None, only: str | None, workdir: Path) -> str:

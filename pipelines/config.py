@@ -13,7 +13,7 @@ from tuning.space import SearchSettings
 class ExperimentConfig(Settings):
     """All settings of an experiment; `sagsm run NAME --set section.name=value` changes one.
 
-    `preset` only names what `pipelines.experiments.presets` has applied; no stage reads it.
+    `preset` only names what `pipelines.presets` has applied; no stage reads it.
     """
 
     preset: Literal["fixed", "paper", "seed_code", "gsm"] = "fixed"

@@ -24,6 +24,8 @@ from infra.tracking import TrackedRun, Tracker
 from pipelines.artifacts import Artifact, Provenance, Store
 from pipelines.config import ExperimentConfig
 
+_MAX_INPUTS_NAMED = 3
+
 
 @dataclass(frozen=True)
 class StageContext:
@@ -57,6 +59,7 @@ class Stage:
         settings: sections of the experiment that it reads.
         version: raise it when the code gives other results for the same input.
         raw: for stages that read raw data, a hash of that data.
+        takes_cluster: it takes as much of the cluster as there is, so that only one such stage runs at a time.
     """
 
     name: str
@@ -65,22 +68,39 @@ class Stage:
     settings: tuple[str, ...] = ()
     version: int = 1
     raw: Callable[[ExperimentConfig], str] | None = None
+    takes_cluster: bool = False
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with its fingerprint, and whether it is there already (`artifact`) or must run (`reason`)."""
+    """A node of the graph that runs: a stage with its settings and inputs.
 
+    Attributes:
+        name: of the node; a pipeline has one for each stage, named as the stage, a comparison has one for each variant.
+        stage: the row of the table.
+        config: the experiment whose sections it reads.
+        needs: the node that gives each of the stage's inputs.
+        provenance: what its fingerprint stands for.
+        fingerprint: decides whether it runs.
+        artifact: what is there already, or None.
+        reason: why it must run; "" if it must not.
+        variant: of a comparison; "" where the node belongs to no single one.
+    """
+
+    name: str
     stage: Stage
+    config: ExperimentConfig
+    needs: Mapping[str, str]
     provenance: Provenance
     fingerprint: str
     artifact: Artifact | None
     reason: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of a stage: "ran", "cached", "failed" or "skipped"."""
+    """What became of a node of the graph: "ran", "cached", "failed" or "skipped"."""
 
     name: str
     status: str
@@ -118,8 +138,18 @@ def check_stages(stages: Sequence[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda stage: order.index(stage.name))
 
 
-def plan(stages: Sequence[Stage], config: ExperimentConfig, experiment: str, store: Store) -> list[PlannedStage]:
-    """Say for every stage whether its artifact is in the store, and if not, why it must run."""
+def plan(
+    stages: Sequence[Stage], config: ExperimentConfig, experiment: str, store: Store, variant: str = ""
+) -> list[PlannedStage]:
+    """Say for every stage whether its artifact is in the store, and if not, why it must run.
+
+    Args:
+        stages: the table.
+        config: the settings of all stages.
+        experiment: its name.
+        store: where artifacts are.
+        variant: the name of `config` in a comparison; a reason is the difference to what was made for it before.
+    """
     planned: dict[str, PlannedStage] = {}
     for stage in check_stages(stages):
         provenance = Provenance(
@@ -129,30 +159,46 @@ def plan(stages: Sequence[Stage], config: ExperimentConfig, experiment: str, sto
             inputs={need: planned[need].fingerprint for need in stage.needs},
             raw=stage.raw(config) if stage.raw else None,
         )
-        fingerprint = sha256_json(asdict(provenance))[:16]
-        artifact, problem = store.find(stage.name, fingerprint)
-        reason = "" if artifact else problem or _why(provenance, fingerprint, experiment, store)
-        planned[stage.name] = PlannedStage(stage, provenance, fingerprint, artifact, reason)
+        needs = {need: need for need in stage.needs}
+        planned[stage.name] = plan_stage(stage, config, needs, provenance, experiment, store, variant)
     return list(planned.values())
 
 
+def plan_stage(
+    stage: Stage,
+    config: ExperimentConfig,
+    needs: Mapping[str, str],
+    provenance: Provenance,
+    experiment: str,
+    store: Store,
+    variant: str = "",
+) -> PlannedStage:
+    """Look up one node of the graph in the store; see `plan` and `PlannedStage`."""
+    fingerprint = sha256_json(asdict(provenance))[:16]
+    artifact, problem = store.find(stage.name, fingerprint)
+    reason = "" if artifact else problem or _why(provenance, fingerprint, store, experiment, variant)
+    return PlannedStage(stage.name, stage, config, needs, provenance, fingerprint, artifact, reason, variant)
+
+
 def select(planned: Sequence[PlannedStage], only: str | None) -> list[PlannedStage]:
-    """All stages, or just the stage `only` and those it needs, directly or through others.
+    """All nodes, or just those called `only` (or all of that stage) and those they need, directly or through others.
 
     Raises:
-        ConfigError: if there is no stage of that name.
+        ConfigError: if nothing has that name.
     """
     if only is None:
         return list(planned)
-    by_name = {item.stage.name: item for item in planned}
-    if only not in by_name:
-        raise ConfigError(f"--only got {only!r}, which is no stage; {nearest(only, by_name)}")
-    wanted, todo = set(), [only]
+    by_name = {item.name: item for item in planned}
+    todo = [item.name for item in planned if only in (item.name, item.stage.name)]
+    if not todo:
+        known = [*by_name, *(item.stage.name for item in planned)]
+        raise ConfigError(f"--only got {only!r}, which is no stage; {nearest(only, known)}")
+    wanted = set()
     while todo:
         name = todo.pop()
         wanted.add(name)
-        todo += by_name[name].stage.needs
-    return [item for item in planned if item.stage.name in wanted]
+        todo += by_name[name].needs.values()
+    return [item for item in planned if item.name in wanted]
 
 
 RunStage = Callable[[PlannedStage, Mapping[str, Artifact]], Artifact]
@@ -161,55 +207,67 @@ RunStage = Callable[[PlannedStage, Mapping[str, Artifact]], Artifact]
 def run_graph(
     planned: Sequence[PlannedStage], run_stage: RunStage, on_result: Callable[[StageResult], None]
 ) -> list[StageResult]:
-    """Run what is not cached, independent stages at the same time; a failed stage stops only those that need it.
+    """Run what is not cached, independent nodes at the same time; a failed one stops only those that need it.
 
-    Stages run in daemon threads of this process, since Ray does the work; the caller's thread waits, so that it can be
-    interrupted by a signal.
+    Of the stages that take the whole cluster one runs at a time, that which comes first in the plan: a variant of a comparison
+    is evaluated before the next is trained. Stages run in daemon threads of this process, since Ray does the work; the
+    caller's thread waits, so that it can be interrupted by a signal.
     """
-    sorter = TopologicalSorter({item.stage.name: set(item.stage.needs) for item in planned})
+    sorter = TopologicalSorter({item.name: set(item.needs.values()) for item in planned})
     sorter.prepare()
-    by_name = {item.stage.name: item for item in planned}
     results: dict[str, StageResult] = {}
     finished: queue.Queue[StageResult] = queue.Queue()
-
-    def execute(item: PlannedStage) -> None:
-        finished.put(_execute(item, run_stage, results))
-
+    ready: set[str] = set()
+    on_cluster = ""  # the running node that has the cluster for itself
     while sorter.is_active():
-        for name in sorter.get_ready():
-            item = by_name[name]
-            blocked = any(results[need].artifact is None for need in item.stage.needs)
-            if blocked:
-                finished.put(StageResult(name, "skipped", 0.0, item.fingerprint, None, None))
-            elif item.artifact is not None:
-                run_id = item.artifact.mlflow_run_id
-                finished.put(StageResult(name, "cached", 0.0, item.fingerprint, item.artifact, run_id))
+        ready |= set(sorter.get_ready())
+        for item in [item for item in planned if item.name in ready]:
+            result = _without_running(item, results)
+            if result is not None:
+                finished.put(result)
+            elif item.stage.takes_cluster and on_cluster:
+                continue
             else:
-                threading.Thread(target=execute, args=(item,), name=f"stage-{name}", daemon=True).start()
+                on_cluster = item.name if item.stage.takes_cluster else on_cluster
+                arguments = (item, run_stage, dict(results), finished)
+                threading.Thread(target=_execute, args=arguments, name=f"stage-{item.name}", daemon=True).start()
+            ready.remove(item.name)
         result = finished.get()
+        on_cluster = "" if result.name == on_cluster else on_cluster
         results[result.name] = result
         on_result(result)
         sorter.done(result.name)
-    return [results[item.stage.name] for item in planned]
+    return [results[item.name] for item in planned]
 
 
-def _execute(item: PlannedStage, run_stage: RunStage, results: Mapping[str, StageResult]) -> StageResult:
+def _without_running(item: PlannedStage, results: Mapping[str, StageResult]) -> StageResult | None:
+    """The result of a node that is cached, or whose inputs could not be made; None if it must run."""
+    if any(results[need].artifact is None for need in item.needs.values()):
+        return StageResult(item.name, "skipped", 0.0, item.fingerprint, None, None)
+    if item.artifact is None:
+        return None
+    return StageResult(item.name, "cached", 0.0, item.fingerprint, item.artifact, item.artifact.mlflow_run_id)
+
+
+def _execute(
+    item: PlannedStage, run_stage: RunStage, results: Mapping[str, StageResult], finished: "queue.Queue[StageResult]"
+) -> None:
     started = time.monotonic()
-    inputs = {need: artifact for need in item.stage.needs if (artifact := results[need].artifact) is not None}
-    name, fingerprint = item.stage.name, item.fingerprint
+    inputs = {need: artifact for need, node in item.needs.items() if (artifact := results[node].artifact) is not None}
     try:
         artifact = run_stage(item, inputs)
-        return StageResult(name, "ran", time.monotonic() - started, fingerprint, artifact, artifact.mlflow_run_id)
+        result = StageResult(item.name, "ran", time.monotonic() - started, item.fingerprint, artifact, artifact.mlflow_run_id)
     except Exception as error:
         # Handed to the caller, who shows our own errors as messages and re-raises all others.
-        return StageResult(name, "failed", time.monotonic() - started, fingerprint, None, None, error)
+        result = StageResult(item.name, "failed", time.monotonic() - started, item.fingerprint, None, None, error)
+    finished.put(result)
 
 
-def _why(provenance: Provenance, fingerprint: str, experiment: str, store: Store) -> str:
-    """The difference to the newest artifact that this experiment has made of the stage."""
+def _why(provenance: Provenance, fingerprint: str, store: Store, experiment: str, variant: str) -> str:
+    """The difference to the newest artifact that this experiment, or this variant of it, has made of the stage."""
     if store.folder(provenance.stage, fingerprint).with_suffix(".partial").exists():
         return "was interrupted; goes on from where it was"
-    history = store.history(provenance.stage, experiment)
+    history = store.history(provenance.stage, experiment, variant)
     if not history:
         return "never ran"
     before = history[0].manifest
@@ -222,7 +280,10 @@ def _why(provenance: Provenance, fingerprint: str, experiment: str, store: Store
         reasons.append(f"code version {before['version']} -> {provenance.version}")
     if before["raw"] != provenance.raw:
         reasons.append("raw data changed")
-    reasons += [f"needs {name}, which changed" for name, new in provenance.inputs.items() if before["inputs"].get(name) != new]
+    changed = [name for name, new in provenance.inputs.items() if before["inputs"].get(name) != new]
+    reasons += [f"needs {name}, which changed" for name in changed[:_MAX_INPUTS_NAMED]]
+    if len(changed) > _MAX_INPUTS_NAMED:
+        reasons.append(f"{len(changed) - _MAX_INPUTS_NAMED} more inputs changed")
     return "; ".join(reasons) or "not in the store"
 
 

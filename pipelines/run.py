@@ -5,7 +5,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from infra.storage import require_free_space, write_json
 from infra.system_metrics import watch_machine
 from infra.tracking import TrackedRun, Tracker, is_all_sent, tracking_uri
 from pipelines.artifacts import Artifact, Store
+from pipelines.comparison import Comparison, plan_comparison
 from pipelines.config import ExperimentConfig
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
 from pipelines.stages import STAGES, config_yaml
@@ -30,6 +31,7 @@ _WATCHED = ("shards", "train")  # stages during which the load of this machine i
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
 _USED_BY_STAGES = (
     "pipelines.reports.audit",
+    "pipelines.reports.comparison",
     "pipelines.reports.report",
     "pipelines.training.trial",
     "pipelines.training.worker",
@@ -44,10 +46,11 @@ class Request:
 
     Attributes:
         experiment: its name.
-        config: its settings, overrides applied.
+        config: its settings, overrides applied; of a comparison those of its baseline.
         workdir: absolute folder of the store and of the embedded MLflow.
         address: of a running Ray cluster; None starts one on this machine.
         only: name of the one stage that is wanted, with what it needs.
+        comparison: what is compared, overrides applied; None for a plain pipeline.
     """
 
     experiment: str
@@ -55,14 +58,21 @@ class Request:
     workdir: Path
     address: str | None = None
     only: str | None = None
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of every stage, the headline numbers, and where MLflow shows them."""
+    """What became of every stage, the headline numbers, and where MLflow shows them.
+
+    Attributes:
+        stages: of the pipeline, or of all variants.
+        numbers: metrics of the evaluation by name; of a comparison what `compare_trained` gives.
+        mlflow_path: of the pipeline's run; None if nothing ran.
+    """
 
     stages: list[StageResult]
-    numbers: dict[str, float]
+    numbers: dict[str, Any]
     mlflow_path: str | None
 
     @property
@@ -81,7 +91,11 @@ class Interrupted(KeyboardInterrupt):
 
 def plan_experiment(request: Request) -> list[PlannedStage]:
     """What of the experiment is cached and what must run; touches no cluster and writes nothing."""
-    planned = plan(STAGES, request.config, request.experiment, Store(request.workdir / "store"))
+    store = Store(request.workdir / "store")
+    if request.comparison is None:
+        planned = plan(STAGES, request.config, request.experiment, store)
+    else:
+        planned = plan_comparison(STAGES, request.comparison, request.experiment, store)
     return select(planned, request.only)
 
 
@@ -94,7 +108,7 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
     """
     planned = plan_experiment(request)
     if all(item.artifact for item in planned):
-        results = run_graph(planned, _must_not_run, lambda result: _say(progress, result))
+        results = run_graph(planned, _must_not_run, _teller(progress, planned))
         _send_what_is_left(request, progress)
         return Outcome(results, _headline(results), None)
     _prepare_workdir(request.workdir)
@@ -108,8 +122,8 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
             parent=None,
             tags={"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset},
         )
-        pipeline.log_text(config_yaml(request.config), "conf/config.yaml")
-        results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), lambda result: _say(progress, result))
+        pipeline.log_text(config_yaml(request.comparison or request.config), "conf/config.yaml")
+        results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), _teller(progress, planned))
         numbers = _headline(results)
         _close_pipeline(pipeline, results, numbers)
     return Outcome(results, numbers, run_url("", tracker.experiment_id, pipeline.run_id))
@@ -141,17 +155,15 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                 return finished
             run_file = output_dir.with_suffix(".run")
             tags = {"stage": stage.name, "fingerprint": item.fingerprint, "experiment": request.experiment}
-            tags |= {"pipeline": pipeline.name, "preset": request.config.preset}
+            tags |= {"pipeline": pipeline.name, "preset": item.config.preset}
+            tags |= {"variant": item.variant} if item.variant else {}
+            words = [item.variant.replace(":", " "), stage.name, pipeline.name.split()[0]]
             resumed = json.loads(run_file.read_bytes())["run_id"] if run_file.exists() else None
-            with tracker.start_run(
-                f"{stage.name} {pipeline.name.split()[0]}", parent=pipeline.run_id, tags=tags, resume_id=resumed
-            ) as run:
+            with tracker.start_run(" ".join(words).strip(), parent=pipeline.run_id, tags=tags, resume_id=resumed) as run:
                 write_json(run_file, {"run_id": run.run_id})
                 run.log_params(item.provenance.config)
-                context = StageContext(
-                    output_dir, run, tracker, progress.for_stage(stage.name), request.experiment, request.config
-                )
-                sections = {section: getattr(request.config, section) for section in stage.settings}
+                context = StageContext(output_dir, run, tracker, progress.for_stage(item.name), request.experiment, item.config)
+                sections = {section: getattr(item.config, section) for section in stage.settings}
                 started = time.monotonic()
                 try:
                     with watch_machine(run) if stage.name in _WATCHED else nullcontext():
@@ -161,6 +173,7 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                     raise
                 extra = {
                     "experiment": request.experiment,
+                    "variant": item.variant,
                     "summary": summary,
                     "mlflow_run_id": run.run_id,
                     "seconds": round(time.monotonic() - started, 3),
@@ -173,7 +186,7 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
 
 
 def _must_not_run(item: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:
-    raise AssertionError(f"{item.stage.name} is cached, and so are {list(inputs)}")
+    raise AssertionError(f"{item.name} is cached, and so are {list(inputs)}")
 
 
 def _prepare_workdir(workdir: Path) -> None:
@@ -184,28 +197,50 @@ def _prepare_workdir(workdir: Path) -> None:
     require_free_space(workdir, _MINIMUM_FREE_BYTES, "a run")
 
 
-def _headline(results: list[StageResult]) -> dict[str, float]:
-    evaluated = next((result.artifact for result in results if result.name == "evaluate" and result.artifact), None)
+def _headline(results: list[StageResult]) -> dict[str, Any]:
+    compared = _artifact(results, "compare")
+    if compared is not None:
+        found: dict[str, Any] = compared.summary["results"]
+        return found
+    evaluated = _artifact(results, "evaluate")
     return (
         {} if evaluated is None else {name: value for name, value in evaluated.summary["metrics"].items() if value is not None}
     )
 
 
-def _close_pipeline(pipeline: TrackedRun, results: list[StageResult], numbers: dict[str, float]) -> None:
-    pipeline.log_metrics({f"test/{name}": value for name, value in numbers.items()}, step=0)
-    described = next((result.artifact.summary for result in results if result.name == "report" and result.artifact), None)
-    if described:
-        pipeline.describe(described["markdown"])
+def _close_pipeline(pipeline: TrackedRun, results: list[StageResult], numbers: dict[str, Any]) -> None:
+    compared = _artifact(results, "compare")
+    described = compared or _artifact(results, "report")
+    if compared is not None:
+        pipeline.log_metrics({f"test_top1/{name}": row["top1"] for name, row in numbers["variants"].items()}, step=0)
+        pipeline.log_file(compared.path / "index.html", "report")
+        for figure in sorted((compared.path / "figures").iterdir()):
+            pipeline.log_file(figure, "figures")
+    else:
+        pipeline.log_metrics({f"test/{name}": value for name, value in numbers.items()}, step=0)
+    if described is not None:
+        pipeline.describe(described.summary["markdown"])
     pipeline.finish("FAILED" if any(result.status == "failed" for result in results) else "FINISHED")
 
 
-def _say(progress: StageProgress, result: StageResult) -> None:
-    progress.close_stage(result.name)
-    text = result.artifact.summary.get("text", "") if result.artifact else ""
-    if result.error is not None:
-        text = f"{type(result.error).__name__}: {result.error}"
-    seconds = f"{result.seconds:6.1f} s" if result.status in ("ran", "failed") else " " * 8
-    progress.say(f"  {result.name:<9} {result.status:<8} {seconds}   {text}".rstrip())
+def _artifact(results: list[StageResult], name: str) -> Artifact | None:
+    """What the stage of this name made, if it is there."""
+    return next((result.artifact for result in results if result.name == name and result.artifact), None)
+
+
+def _teller(progress: StageProgress, planned: Sequence[PlannedStage]) -> Callable[[StageResult], None]:
+    """Prints a line for each result, in columns."""
+    width = max(9, *(len(item.name) for item in planned))
+
+    def tell(result: StageResult) -> None:
+        progress.close_stage(result.name)
+        text = result.artifact.summary.get("text", "") if result.artifact else ""
+        if result.error is not None:
+            text = f"{type(result.error).__name__}: {result.error}"
+        seconds = f"{result.seconds:6.1f} s" if result.status in ("ran", "failed") else " " * 8
+        progress.say(f"  {result.name:<{width}} {result.status:<8} {seconds}   {text}".rstrip())
+
+    return tell
 
 
 @contextmanager

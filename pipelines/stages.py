@@ -21,7 +21,7 @@ import yaml
 
 from infra import cluster
 from infra.filesystems import Folder
-from infra.settings import changed_settings
+from infra.settings import Settings, changed_settings
 from infra.storage import require_free_space, write_json
 from pipelines.artifacts import Artifact
 from pipelines.config import ExperimentConfig
@@ -258,21 +258,23 @@ STAGES = [
     Stage("index", index, settings=("dataset",), version=3, raw=lambda config: raw_listing(config.dataset)),
     Stage("shards", shards, needs=("index",), settings=("shards",), version=3),
     Stage("audit", audit, needs=("shards",), version=3),
-    Stage("search", search, needs=("shards",), settings=("search", "model", "train")),
-    Stage("train", train, needs=("shards", "search"), settings=("model", "train")),
-    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",)),
+    Stage("search", search, needs=("shards",), settings=("search", "model", "train"), takes_cluster=True),
+    Stage("train", train, needs=("shards", "search"), settings=("model", "train"), takes_cluster=True),
+    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), takes_cluster=True),
     Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate")),
 ]
 
 
-def config_yaml(config: ExperimentConfig) -> str:
-    """All settings as YAML."""
+def config_yaml(config: Settings) -> str:
+    """All settings as YAML; of a comparison those of all variants."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _command(context: StageContext) -> str:
     """The shell command of this experiment with the settings that were changed, but for those of the search."""
-    changed = changed_settings(find_experiment(context.experiment)(), context.config)
+    experiment = find_experiment(context.experiment)()
+    assert isinstance(experiment, ExperimentConfig)  # a comparison searches nothing
+    changed = changed_settings(experiment, context.config)
     kept = {name: value for name, value in changed.items() if not name.startswith("search.")}
     sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in kept.items()]
     return " ".join([f"sagsm run {context.experiment}", *sets])

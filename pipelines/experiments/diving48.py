@@ -1,6 +1,7 @@
-"""Diving48 V2, whole and in small."""
+"""Diving48 V2, whole, in small, and with two learning rates."""
 
 from infra.settings import apply_overrides
+from pipelines.comparison import Comparison
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.training.settings import TrainSettings
@@ -45,3 +46,17 @@ def diving48_smoke() -> ExperimentConfig:
             "train.num_segments": 4,
         },
     )
+
+
+def diving48_rates() -> Comparison:
+    """SA-GSM on Diving48 V2 with the learning rate of the paper's text and that of its script, 0.01 and 0.1 (figures 7 and 8).
+
+    The paper trains "in the same setting" as on Something-V1, its script with ten times the rate for 30 epochs; it reports
+    training curves without numbers, and that runs differ visibly.
+
+    Command: `sagsm run diving48_rates --set dataset.root=/data/diving48`. Hardware: meant for GPUs; never run on one by us yet.
+    Must show: six raw curves, and whether the rates can be told apart by more than the noise of seeds.
+    """
+    config = apply_overrides(diving48(), {"search.num_trials": 0})
+    variants = {f"lr{rate}": apply_overrides(config, {"train.learning_rate": rate}) for rate in (0.01, 0.1)}
+    return Comparison(variants=variants, baseline="lr0.01", seeds=(0, 1, 2))

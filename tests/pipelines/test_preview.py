@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.experiments.demo import demo
 from pipelines.experiments.folder import folder
-from pipelines.experiments.presets import apply_preset
+from pipelines.presets import apply_preset
 from pipelines.preview import preview, preview_text
 from pipelines.training.optim import learning_rate_at
 

@@ -10,7 +10,7 @@ from infra.errors import ConfigError, PipelineError
 from infra.storage import sha256_file
 from models import create_model
 from pipelines.experiments.demo import demo
-from pipelines.experiments.presets import apply_preset
+from pipelines.presets import apply_preset
 from pipelines.training.checkpoint import load_latest_verified, verify
 from pipelines.training.loop import train
 from pipelines.training.settings import build_model

@@ -10,8 +10,8 @@ from torch import nn
 
 from infra.errors import ConfigError, PipelineError
 from models import create_model, list_models
-from pipelines.experiments.presets import apply_preset
 from pipelines.experiments.something_v1 import something_v1
+from pipelines.presets import apply_preset
 from pipelines.training.optim import build_optimizer, check_groups, learning_rate_at, set_learning_rate
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 

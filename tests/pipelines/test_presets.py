@@ -6,8 +6,8 @@ from pipelines.artifacts import Store
 from pipelines.config import ExperimentConfig
 from pipelines.experiments import EXPERIMENTS
 from pipelines.experiments.demo import demo
-from pipelines.experiments.presets import PRESETS, apply_preset
 from pipelines.graph import plan
+from pipelines.presets import PRESETS, apply_preset
 from pipelines.stages import STAGES
 
 

@@ -1,0 +1,73 @@
+"""Comparisons on Something-V1: what attention adds, of which kind, and how many frames help.
+
+All are meant for GPUs and were never run on one by us yet. Training begins with random weights; published numbers begin with
+ImageNet's: `--set model.backbone_weights=bn_inception --set model.input_format=caffe_bgr`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from infra.settings import apply_overrides
+from pipelines.comparison import Comparison
+from pipelines.config import ExperimentConfig
+from pipelines.experiments.something_v1 import something_v1
+
+_SEEDS = (0, 1, 2)
+_FRAMES = (8, 12, 16, 24)
+_KINDS: dict[str, dict[str, Any]] = {
+    "gsm": {"model.name": "gsm_bn_inception"},
+    "frame": {},
+    "temporal": {"model.scope": "temporal"},
+    "joint": {"model.scope": "joint"},
+    "divided": {"model.scope": "divided"},
+    "frame_bottleneck": {"model.value": "bottleneck"},
+    "joint_bottleneck": {"model.scope": "joint", "model.value": "bottleneck"},
+}
+
+
+def curves() -> Comparison:
+    """GSM and SA-GSM on Something-V1, 15 epochs, three seeds: the curves of figures 5 and 6, raw and with a verdict.
+
+    The paper shows one smoothed curve each, and validation top-1 of 14.0 % (SA-GSM) against 11.8 % (GSM), measured on training
+    crops without normalisation and trained on 40,000 clips.
+
+    Command: `sagsm run curves --set dataset.root=/data/something_v1`. Hardware: meant for GPUs; never run on one by us yet.
+    Must show: all six curves of loss and top-1, and whether the difference of the two networks is separable from noise.
+    """
+    return _compare(
+        _base({"train.epochs": 15}), {"gsm": {"model.name": "gsm_bn_inception"}, "sa_gsm": {}}, baseline="gsm", seeds=_SEEDS
+    )
+
+
+def frames() -> Comparison:
+    """GSM on InceptionV3 with 8, 12, 16 and 24 frames, as in the table of GSM's README.
+
+    Command: `sagsm run frames --set dataset.root=/data/something_v1 --set model.backbone_weights=inception_v3`. Hardware: meant
+    for GPUs; never run on one by us yet. To reach, with ImageNet weights: 49.01, 51.58, 50.63 and 49.63 % top-1.
+    """
+    config = _base({"model.name": "gsm_inception_v3", "model.input_format": "caffe_bgr", "train.pixels": 229})
+    return _compare(config, {f"{number}f": {"train.num_segments": number} for number in _FRAMES}, baseline="8f", seeds=(0,))
+
+
+def attention_kinds() -> Comparison:
+    """SA-GSM with each kind of attention against GSM: within frames, over time, both at once or in turn, two value paths.
+
+    The paper leaves other kinds to later work. The bottleneck (equation 3) costs as many weights as the fused value path of its
+    code; the scopes "frame", "temporal" and "joint" have the same weights, "divided" has twice those of attention.
+
+    Command: `sagsm run attention_kinds --set dataset.root=/data/something_v1`. Hardware: meant for GPUs; never run on one by us
+    yet. Must show: a difference to GSM with its interval for each kind; no published number exists.
+    """
+    return _compare(_base({"train.epochs": 30}), _KINDS, baseline="gsm", seeds=_SEEDS)
+
+
+def _base(changes: Mapping[str, Any]) -> ExperimentConfig:
+    """Something-V1 without a search."""
+    return apply_overrides(something_v1(), {"search.num_trials": 0, **changes})
+
+
+def _compare(
+    config: ExperimentConfig, changes: Mapping[str, Mapping[str, Any]], *, baseline: str, seeds: tuple[int, ...]
+) -> Comparison:
+    variants = {name: apply_overrides(config, change) for name, change in changes.items()}
+    return Comparison(variants=variants, baseline=baseline, seeds=seeds)
