@@ -75,11 +75,13 @@ class Comparison(Settings):
         return self
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Comparison":
-        """A copy in which each dotted setting has its new value in all variants; `seeds` is a name of its own.
+        """A copy in which each dotted setting, and a preset, is applied to all variants; `seeds` is a name of its own.
 
         Raises:
-            ConfigError: as `apply_overrides`, and if the variants can no longer be compared.
+            ConfigError: as `apply_preset`, and if the variants can no longer be compared.
         """
+        from pipelines.experiments.presets import apply_preset  # here, since that package is made of comparisons
+
         if "train.seed" in overrides:
             raise ConfigError(
                 f"train.seed is {overrides['train.seed']}, but a comparison trains each variant with seeds={list(self.seeds)}; "
@@ -87,7 +89,7 @@ class Comparison(Settings):
             )
         own = {name: value for name, value in overrides.items() if name == "seeds"}
         shared = {name: value for name, value in overrides.items() if name != "seeds"}
-        variants = {name: apply_overrides(config, shared).model_dump() for name, config in self.variants.items()}
+        variants = {name: apply_preset(config, shared).model_dump() for name, config in self.variants.items()}
         return apply_overrides(self, {**own, "variants": variants})
 
     @property
