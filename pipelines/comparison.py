@@ -76,12 +76,10 @@ class Comparison(Settings):
         return self
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Comparison":
-        """A copy in which each dotted setting, or those of a preset, have their new values in all variants.
-
-        `seeds` is a name of its own.
+        """A copy in which each dotted setting, and a preset, is applied to all variants; `seeds` is a name of its own.
 
         Raises:
-            ConfigError: as `apply_overrides`, and if the variants can no longer be compared.
+            ConfigError: as `apply_preset`, and if the variants can no longer be compared.
         """
         if "train.seed" in overrides:
             raise ConfigError(

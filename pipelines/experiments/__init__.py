@@ -9,7 +9,7 @@ from infra.errors import ConfigError
 from infra.settings import nearest
 from pipelines.comparison import Comparison
 from pipelines.config import ExperimentConfig
-from pipelines.experiments.ablations import attention_kinds, curves, frames
+from pipelines.experiments.ablations import attention_kinds, curves, frames, gamma
 from pipelines.experiments.compare import compare
 from pipelines.experiments.demo import demo
 from pipelines.experiments.diving48 import diving48, diving48_rates, diving48_smoke
@@ -24,6 +24,7 @@ _ALL: tuple[Callable[[], ExperimentConfig | Comparison], ...] = (
     curves,
     frames,
     attention_kinds,
+    gamma,
     diving48,
     diving48_smoke,
     diving48_rates,

@@ -31,7 +31,8 @@ def curves() -> Comparison:
     The paper shows one smoothed curve each, and validation top-1 of 14.0 % (SA-GSM) against 11.8 % (GSM), measured on training
     crops without normalisation and trained on 40,000 clips.
 
-    Command: `sagsm run curves --set dataset.root=/data/something_v1`. Hardware: meant for GPUs; never run on one by us yet.
+    Command: `sagsm run curves --set dataset.root=/data/something_v1`, as the published code trains (gamma frozen) with
+    `--set preset=seed_code`, as the text says with `--set preset=paper`. Hardware: meant for GPUs; never run on one by us yet.
     Must show: all six curves of loss and top-1, and whether the difference of the two networks is separable from noise.
     """
     return _compare(
@@ -59,6 +60,19 @@ def attention_kinds() -> Comparison:
     yet. Must show: a difference to GSM with its interval for each kind; no published number exists.
     """
     return _compare(_base({"train.epochs": 30}), _KINDS, baseline="gsm", seeds=_SEEDS)
+
+
+def gamma() -> Comparison:
+    """SA-GSM with its gammas trained against SA-GSM with its gammas frozen at 0, which is GSM: does attention itself help?
+
+    In the published code the optimiser does not know gamma (PAPER_NOTES.md, D1), so that its SA-GSM is the frozen variant. Both
+    begin with the same weights, clips and draws.
+
+    Command: `sagsm run gamma --set dataset.root=/data/something_v1`. Hardware: meant for GPUs; never run on one by us yet.
+    Must show: a difference with its interval, and gammas that move in the trained variant alone.
+    """
+    changes = {"frozen": {"train.compat.freeze_gamma": True}, "trained": {}}
+    return _compare(_base({}), changes, baseline="frozen", seeds=_SEEDS)
 
 
 def _base(changes: Mapping[str, Any]) -> ExperimentConfig:

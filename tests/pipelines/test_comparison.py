@@ -146,6 +146,14 @@ def test_settings_apply_to_all_variants(comparison):
     assert changed.differences() == {"tsn": {}, "gsm": {"model.name": "gsm_resnet18"}}
 
 
+def test_a_preset_applies_to_all_variants_and_other_settings_after_it(comparison):
+    changed = comparison.with_overrides({"preset": "seed_code", "train.epochs": 3, "train.warmup_epochs": 1})
+    assert {config.preset for config in changed.variants.values()} == {"seed_code"}
+    assert {config.train.compat.freeze_gamma for config in changed.variants.values()} == {True}
+    assert {config.train.epochs for config in changed.variants.values()} == {3}
+    assert changed.differences()["gsm"] == {"model.name": "gsm_resnet18"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
