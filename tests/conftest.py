@@ -13,10 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from infra.tracking import Tracker
 from infra.tracking_client import CLIENT_ENVIRONMENT
 from infra.ui_server import server_command
+
+# A busy machine is no failure: pytest-timeout ends what hangs.
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
 
 
 @pytest.fixture(scope="module")

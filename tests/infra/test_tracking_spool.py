@@ -50,7 +50,7 @@ def journals(tmp_path: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((tmp_path / "spool").glob("*.journal"))]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(JSON), st.binary(max_size=40).filter(lambda rest: b"\n" not in rest))
 def test_a_journal_gives_back_what_was_written_and_no_line_that_was_cut_off(entries: list[Entry], rest: bytes) -> None:
     assert decode(b"".join(map(encode, entries)) + rest) == (entries, bool(rest))

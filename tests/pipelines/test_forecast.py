@@ -31,7 +31,7 @@ def make_estimate(sizes: list[tuple[int, int]], seconds: float = 2.0, shard_seco
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SIZES, st.integers(1, 500))
 def test_no_number_of_cpus_beats_the_work_or_the_largest_shard(sizes: list[tuple[int, int]], num_cpus: int) -> None:
     estimate = make_estimate(sizes)

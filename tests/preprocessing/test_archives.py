@@ -149,7 +149,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     return gzip.compress(tar(*SEVEN, *EIGHT), mtime=0), tmp_path_factory.mktemp("cuts")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 2000), max_size=6), members=st.booleans())
 def test_parts_may_be_cut_at_any_byte(whole: tuple[bytes, Path], cuts: list[int], members: bool) -> None:
     data, folder = whole
@@ -265,7 +265,7 @@ def test_a_bomb_stops_the_run_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_cut_archive_is_never_taken_for_complete(whole: tuple[bytes, Path], packed: bool, share: float) -> None:
     data = whole[0] if packed else gzip.decompress(whole[0])
@@ -275,7 +275,7 @@ def test_a_cut_archive_is_never_taken_for_complete(whole: tuple[bytes, Path], pa
     assert f"{whole[1] / 'cut' / 'part'}, before byte {len(cut)}" in message
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_a_gzip_stream_is_noticed(whole: tuple[bytes, Path], place: float, bit: int) -> None:
     data = bytearray(whole[0])
@@ -309,7 +309,7 @@ def test_a_header_that_claims_more_than_any_header_needs_is_refused(tmp_path: Pa
     assert "pax header" in message_of(lambda: spooled(tmp_path, tar(bad, *SEVEN, form=tarfile.USTAR_FORMAT), *IDS))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.one_of(st.binary(max_size=1500), st.lists(st.tuples(st.integers(0, 5000), st.binary(max_size=4)), max_size=4)))
 def test_arbitrary_bytes_are_read_or_one_data_error(whole: tuple[bytes, Path], data: bytes | list[tuple[int, bytes]]) -> None:
     if isinstance(data, list):

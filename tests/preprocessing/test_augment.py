@@ -51,7 +51,7 @@ def test_nothing_is_done_by_default():
     assert np.array_equal(augmented(clip, NO_AUGMENTATION), clip)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), num_ops=st.integers(1, 3), magnitude=st.integers(0, 30))
 def test_all_frames_get_the_same(seed, num_ops, magnitude):
     """Equal frames stay equal."""

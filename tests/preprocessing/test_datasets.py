@@ -30,9 +30,6 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_annotations = pytest.mark.skipif(
     not (SHARED / "annotations").is_dir(), reason="the genuine annotation files are not on this machine"
 )
-needs_real_mini = pytest.mark.skipif(
-    not (SHARED / "real_mini").is_dir(), reason="the small real datasets are not on this machine"
-)
 
 SOMETHING = DatasetSettings(name="something_v1")
 DIVING = DatasetSettings(name="diving48")
@@ -386,15 +383,6 @@ def test_genuine_diving48_counts_and_empty_class() -> None:
     assert set(range(48)) - set(index.videos["label"].to_pylist()) == {30}
     assert sum(video_id.startswith("-") for video_id in index.videos["video_id"].to_pylist()) > 100
     assert mirror_labels(index.label_names) == list(range(48))
-
-
-@needs_real_mini
-@pytest.mark.parametrize("settings", [SOMETHING, DIVING])
-def test_every_video_of_the_small_real_datasets_is_where_the_index_says(settings: DatasetSettings) -> None:
-    root = SHARED / "real_mini" / settings.name
-    index = index_videos(settings, root)
-    assert all((root / path).exists() for path in index.videos["path"].to_pylist())
-    assert raw_listing(settings.model_copy(update={"root": root}))
 
 
 def counts(index: VideoIndex) -> dict[str, int]:

@@ -43,7 +43,7 @@ def clip(key: str, num_frames: int, first: int = 0, digits: int = 6) -> list[tup
 clip_shapes = st.tuples(st.integers(1, 12), st.integers(0, 1), st.integers(1, 6), st.integers(0, 99))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     clips=st.lists(
         st.tuples(st.integers(1, 12), st.integers(0, 1), st.integers(1, 6), st.integers(0, 99)), min_size=1, max_size=5

@@ -42,7 +42,7 @@ names = st.text(st.characters(categories=["L", "N"], include_characters=" -_/.")
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(files=st.dictionaries(names, st.binary(max_size=2000), min_size=1, max_size=8), form=st.sampled_from(["gnu", "pax"]))
 def test_every_file_is_listed_where_it_lies(tmp_path: Path, files: dict[str, bytes], form: str) -> None:
     path = tmp_path / "a.tar"
@@ -189,7 +189,7 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
         list(foreign_members(path))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=3000), st.integers(0, 2000))
 def test_garbage_in_a_tar_is_an_error_or_a_list(tmp_path: Path, garbage: bytes, place: int) -> None:
     path = tmp_path / "a.tar"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.filesystems import Folder
@@ -81,7 +81,6 @@ def test_frame_folder_with_bad_content_is_rejected(tmp_path: Path) -> None:
         read_frame_folder(tmp_path / "none", SETTINGS)
 
 
-@settings(deadline=None)
 @given(st.permutations(range(1, 13)), st.integers(1, 15))
 def test_order_of_files_does_not_matter_and_a_budget_reads_only_its_frames(order: list[int], max_frames: int) -> None:
     read: list[int] = []

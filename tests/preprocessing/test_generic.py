@@ -195,7 +195,7 @@ def test_a_wrong_parquet_file_is_one_error(tmp_path: Path) -> None:
     assert "videos.parquet cannot be read" in message_of(lambda: index_videos(parquet, tmp_path))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.one_of(
         st.binary(max_size=80), st.text(max_size=80).map(lambda text: f"path,label\n{text}".encode("utf-8", "replace"))
@@ -218,7 +218,7 @@ def test_arbitrary_bytes_are_read_or_one_data_error(tmp_path_factory: pytest.Tem
         unique=True,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_printable_ids_of_any_script_get_their_own_key(names: list[str]) -> None:
     columns = {"video_id": names, "path": names, "kind": ["video"] * len(names), "split": ["train"] * len(names)}
     columns |= {"label": [0] * len(names), "start": [None] * len(names), "end": [None] * len(names)}
@@ -226,7 +226,7 @@ def test_printable_ids_of_any_script_get_their_own_key(names: list[str]) -> None
     assert len({video.key for video in plans[0].videos}) == len(names)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(paths=st.lists(st.text("abc/", min_size=1, max_size=6), min_size=2, max_size=30, unique=True), seed=st.integers(0, 99))
 def test_a_drawn_split_depends_on_the_seed_and_the_path_alone(paths: list[str], seed: int) -> None:
     with contextlib.suppress(DataError):

@@ -101,7 +101,7 @@ def broken_raw(raw: Path, tmp_path: Path) -> Path:
     return root
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(gone=st.sets(st.sampled_from(IDS), max_size=6), damaged=st.sets(st.integers(0, 3), max_size=2))
 def test_healed_set_equals_that_of_an_undisturbed_run(
     raw: Path, good: Path, tmp_path_factory: pytest.TempPathFactory, gone: set[str], damaged: set[int]

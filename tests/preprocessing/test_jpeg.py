@@ -14,7 +14,6 @@ def make_jpeg(seed: int = 0, height: int = 24, width: int = 32) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels, quality=80))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), max_size=6), st.integers(0, 40))
 def test_split_jpegs_inverts_joining_and_drops_an_unfinished_end(seeds: list[int], cut: int) -> None:
     comment = b"\xff\xfe\x00\x06\xff\xd9\xff\xd8"  # an end and a beginning inside a comment segment
@@ -28,7 +27,6 @@ def test_split_jpegs_refuses_other_bytes() -> None:
         split_jpegs(make_jpeg() + b"junk")
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 99), st.sampled_from([8, 24, 31])), max_size=5), st.lists(st.integers(1, 900), min_size=1)
 )
@@ -53,7 +51,7 @@ def damage_is_found(data: bytes) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 20), st.integers(0, 10_000), st.integers(0, 255), st.booleans())
 def test_the_check_finds_what_a_full_decoding_finds(seed: int, place: int, value: int, cut: bool) -> None:
     data = bytearray(make_jpeg(seed))

@@ -77,7 +77,7 @@ def test_testing_takes_the_order_of_the_index_and_does_not_change(train_split):
     assert_same(epoch_of(loader), first)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(num_clips=st.integers(1, NUM_TRAIN), batch_size=st.integers(1, 9), world_size=st.integers(1, 4), train=st.booleans())
 def test_an_epoch_shows_each_clip_once_at_any_world_size(train_split, num_clips, batch_size, world_size, train):
     arguments = {"subset": num_clips, "batch_size": batch_size, "train": train, "num_segments": 1, "pixels": 4}

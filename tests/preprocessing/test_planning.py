@@ -18,7 +18,7 @@ from preprocessing.planning import PlannedVideo, ShardPlans, plan_digest, plan_s
 
 SPLITS = ("train", "validation", "test")
 ids_strategy = st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=40, unique=True)
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+relaxed = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 def videos_table(ids: list[str], split: str = "train") -> pa.Table:

@@ -262,7 +262,7 @@ def test_tar_reader_agrees_with_the_standard_library(small_tar: bytes, tmp_path:
     assert listing(tmp_path / "x.tar", small_tar) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_tar_reader_sees_every_flipped_bit_outside_the_data(
     small_tar: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -277,7 +277,7 @@ def test_tar_reader_sees_every_flipped_bit_outside_the_data(
         listing(path, bytes(flipped))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_tar_reader_sees_every_cut(small_tar: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     # F1: the standard library takes a cut at a member's border for the end, and says nothing.

@@ -73,7 +73,7 @@ def spread(values: list[int]) -> dict[str, float]:
     }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(video, min_size=1, max_size=40))
 def test_numbers_are_those_that_python_counts(tmp_path_factory: pytest.TempPathFactory, videos: list[dict[str, Any]]) -> None:
     folder = tmp_path_factory.mktemp("set")

@@ -192,7 +192,7 @@ def test_the_opposite_class_is_the_same_video_backwards(number: int, label: int)
     assert (forwards.look, forwards.width) == (backwards.look, backwards.width)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(NUMBERS, PAIRS)
 def test_the_opposite_class_shows_the_same_pictures_backwards(number: int, label: int) -> None:
     forwards, backwards = (render(draw_scene(SMALL, number, label + way), SMALL.height) for way in (0, 1))

@@ -83,7 +83,7 @@ def test_its_gradients_are_those_of_the_equations(training, memory_format):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(num_segments=st.integers(2, 6), channels=st.sampled_from([4, 8, 16]), seed=st.integers(0, 2**16))
 def test_shifting_the_input_by_one_segment_shifts_the_output(num_segments, channels, seed):
     """The clip one segment later (its first segment gone, a zero one behind): gates, and with them outputs, are one segment

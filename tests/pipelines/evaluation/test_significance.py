@@ -94,7 +94,7 @@ def test_the_spread_between_seeds_counts():
     assert not difference(higher, scattered).separable
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(arrays(bool, (2, 40)), arrays(bool, (1, 40)))
 def test_a_difference_turned_round_is_its_negative(one, other):
     there, back = difference(one, other), difference(other, one)

@@ -27,7 +27,7 @@ def test_labels_without_a_video_leave_no_gap(tmp_path: Path) -> None:
     assert is_blue[200:-100].mean() > 0.7
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.dictionaries(st.text(max_size=8), st.lists(st.integers(1, 10**6), max_size=5), max_size=4), st.booleans())
 def test_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, values: dict[str, list[int]], whole: bool) -> None:
     path = tmp_path_factory.mktemp("figures") / "s.png"

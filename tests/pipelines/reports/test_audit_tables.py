@@ -67,7 +67,7 @@ def make_ledger(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(full, schema=LEDGER_SCHEMA)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VIDEO, max_size=40))
 def test_the_books_agree_with_counting_by_hand(rows: list[dict[str, Any]]) -> None:
     ledger = make_ledger(rows)
@@ -90,7 +90,7 @@ def test_the_books_agree_with_counting_by_hand(rows: list[dict[str, Any]]) -> No
         assert books["absent_classes"].get(split, []) == (absent if labels else [])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VIDEO, max_size=40))
 def test_labels_agree_with_counting_by_hand(rows: list[dict[str, Any]]) -> None:
     counts = count_labels(make_ledger(rows), make_info())
@@ -99,7 +99,7 @@ def test_labels_agree_with_counting_by_hand(rows: list[dict[str, Any]]) -> None:
             assert number == sum((row["split"], row["label"], row["status"]) == (split, label, "kept") for row in rows)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VIDEO, max_size=40))
 def test_duplicates_are_all_and_only_equal_contents(rows: list[dict[str, Any]]) -> None:
     found = find_duplicates(make_ledger(rows)).to_pylist()
@@ -122,14 +122,14 @@ def test_duplicates_are_all_and_only_equal_contents(rows: list[dict[str, Any]]) 
     assert kinds == sorted(kinds)  # "LEAK" sorts before "duplicate"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VIDEO, max_size=40))
 def test_short_videos_are_listed_shortest_first(rows: list[dict[str, Any]]) -> None:
     found = find_short(make_ledger(rows))["num_frames"].to_pylist()
     assert found == sorted(row["num_frames"] for row in rows if row["status"] == "kept" and row["num_frames"] < 16)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=50), st.integers(1, 60))
 def test_top_share(counts: list[int], num_labels: int) -> None:
     share = top_share(np.array(counts), num_labels)

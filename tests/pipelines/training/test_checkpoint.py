@@ -146,7 +146,7 @@ def test_if_all_are_damaged_training_starts_anew_and_says_so(folder, caplog):
     assert caplog.text.count("training goes on from step 0") == 2
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_found(folder, name, position, bit):
     path = folder / "step-00000013"
