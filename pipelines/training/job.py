@@ -79,9 +79,10 @@ def train_job(
     from pipelines.training.loop import train
 
     train_split, val_split = (open_shards(job.shards_place, split) for split in (job.train_split, job.val_split))
+    names = train_split.label_names
     torch.manual_seed(job.train.seed)
     return train(
-        build_model(job.model, num_classes=len(train_split.label_names), num_segments=job.train.num_segments),
+        build_model(job.model, num_classes=len(names), num_segments=job.train.num_segments, label_names=names),
         _loader(job, train_split, is_train=True, rank=rank, world_size=world_size),
         _loader(job, val_split, is_train=False, rank=rank, world_size=world_size),
         job.train,
@@ -109,7 +110,7 @@ def save_model(folder: Path, job: TrainJob, weights: Path) -> None:
         {
             "format_version": MODEL_FORMAT_VERSION,
             "sha256": sha256_file(folder / "model.safetensors"),
-            "model": job.model.model_dump(mode="json", exclude={"weights"}),
+            "model": job.model.model_dump(mode="json", exclude={"weights", "weights_labels"}),
             "train": job.train.model_dump(mode="json"),
             "label_names": shards.label_names,
             "label_passport": shards.label_passport,

@@ -6,6 +6,7 @@ cosine after the warm-up (D12), validation at each epoch (D17) and a gamma that 
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,7 +28,7 @@ from models.factory import build_model as build_network
 MIN_SGDR_PERIOD = 0.1  # epochs
 
 _log = logging.getLogger(__name__)
-_NOT_OPTIONS = ("name", "weights", "backbone_weights", "backbone_sha256")
+_NOT_OPTIONS = ("name", "weights", "weights_labels", "backbone_weights", "backbone_sha256")
 
 
 class ModelSettings(Settings):
@@ -46,6 +47,8 @@ class ModelSettings(Settings):
         dropout: probability of dropout before the classifier.
         input_format: `caffe_bgr` for the published ImageNet weights, otherwise `unit_rgb`.
         weights: file of published weights of the whole network; None leaves it as `backbone_weights` says.
+        weights_labels: text file with the labels that `weights` were trained with, one a line, in the order of their classes; the
+            classifier is then put in the order of the dataset's labels (D34). None vouches that both orders are one.
         backbone_weights: ImageNet weights of the backbone: a file, an https URL, or a name of `models.BACKBONE_SOURCES`; None
             initialises at random.
         backbone_sha256: the first 8 or more digits of that file's SHA-256; not needed for those of `models.BACKBONE_SOURCES`.
@@ -61,6 +64,7 @@ class ModelSettings(Settings):
     dropout: float = Field(default=0.5, ge=0, lt=1)
     input_format: Literal["unit_rgb", "caffe_bgr"] = "unit_rgb"
     weights: Path | None = None
+    weights_labels: Path | None = None
     backbone_weights: str | None = None
     backbone_sha256: str | None = None
 
@@ -68,6 +72,8 @@ class ModelSettings(Settings):
     def _one_start(self) -> Self:
         if self.weights is not None and self.backbone_weights is not None:
             raise ValueError("weights and backbone_weights are both set; expected one, since weights fill the backbone too")
+        if self.weights_labels is not None and self.weights is None:
+            raise ValueError("weights_labels is set without weights; expected both, since it says the order of their classes")
         return self
 
     @property
@@ -242,7 +248,9 @@ class TrainSettings(Settings):
         return self
 
 
-def build_model(settings: ModelSettings, num_classes: int, num_segments: int) -> VideoClassifier:
+def build_model(
+    settings: ModelSettings, num_classes: int, num_segments: int, *, label_names: Sequence[str] | None = None
+) -> VideoClassifier:
     """Make the network that the settings describe, from random or published weights; which of them is logged.
 
     A setting that was changed though the network has no such option is ignored with a warning.
@@ -251,6 +259,7 @@ def build_model(settings: ModelSettings, num_classes: int, num_segments: int) ->
         settings: the section `model`.
         num_classes: number of labels.
         num_segments: T, from `TrainSettings.num_segments`.
+        label_names: of the dataset, in the order of its classes; needed with `weights_labels`.
 
     Raises:
         ConfigError: if the network cannot be made so, or the weights cannot be read or do not fit; the setting is named.
@@ -267,7 +276,8 @@ def build_model(settings: ModelSettings, num_classes: int, num_segments: int) ->
         raise ConfigError(f"{settings.name} cannot be made with {chosen}: {error}") from error
     try:
         if settings.weights is not None:
-            load_published_weights(model, settings.weights)
+            order = None if settings.weights_labels is None else settings.weights_labels.read_text().splitlines()
+            load_published_weights(model, settings.weights, class_order=order, label_names=label_names if order else None)
         elif settings.backbone_weights is not None:
             load_backbone_weights(model, settings.backbone_weights, sha256_prefix=settings.backbone_sha256)
     except (OSError, ValueError) as error:

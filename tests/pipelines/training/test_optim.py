@@ -155,6 +155,22 @@ def test_published_weights_are_loaded(tmp_path, caplog):
     assert "starts from the weights in" in caplog.text
 
 
+def test_published_weights_take_the_order_of_the_datasets_classes(tmp_path):
+    source = create_model("tsn_resnet18", num_classes=3, num_segments=2)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "labels.txt").write_text("up\ndown\naside\n")
+    settings = ModelSettings(name="tsn_resnet18", weights=tmp_path / "weights.pth", weights_labels=tmp_path / "labels.txt")
+    model = build_model(settings, 3, 2, label_names=["aside", "down", "up"])
+    assert torch.equal(model.new_fc.weight, source.new_fc.weight[[2, 1, 0]])
+    with pytest.raises(ConfigError, match="trained with other labels; it has no class for: 'left'"):
+        build_model(settings, 3, 2, label_names=["left", "down", "up"])
+    with pytest.raises(ConfigError, match="labels.txt"):
+        (tmp_path / "labels.txt").unlink()
+        build_model(settings, 3, 2, label_names=["aside", "down", "up"])
+    with pytest.raises(ValidationError, match="weights_labels is set without weights"):
+        ModelSettings(weights_labels=tmp_path / "labels.txt")
+
+
 def test_backbone_weights_need_their_hash(tmp_path, caplog):
     source = create_model("tsn_resnet18", num_classes=3, num_segments=2)
     path = tmp_path / "backbone.pth"
