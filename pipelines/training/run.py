@@ -139,7 +139,7 @@ def set_up(
             average=average,
             scaler=make_scaler(precision, device),
         ),
-        network=DistributedDataParallel(model) if world_size > 1 else model,
+        network=_make_network(model, settings, world_size),
         settings=settings,
         device=device,
         precision=precision,
@@ -151,6 +151,12 @@ def set_up(
         mix=_make_mix(model, settings),
         start={name: gate.detach().clone() for name, gate in gates_of(model).items()},
     )
+
+
+def _make_network(model: nn.Module, settings: TrainSettings, world_size: int) -> nn.Module:
+    """What training steps call: `model` itself, compiled and wrapped as asked for; its tensors stay those of `model`."""
+    network: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]  # a Module if given one
+    return DistributedDataParallel(network) if world_size > 1 else network
 
 
 def _make_mix(model: nn.Module, settings: TrainSettings) -> nn.Module | None:

@@ -133,6 +133,16 @@ def test_bf16_computes_over_fp32_weights(tiny, tmp_path):
     assert result.history[0].train_loss == pytest.approx(fp32.history[0].train_loss, rel=0.05)
 
 
+@pytest.mark.slow
+def test_compiled_steps_train_the_same_tensors_to_the_same_weights_but_for_rounding(tiny, tmp_path):
+    compiled, plain = (
+        tiny.train_tiny(folder, tiny.make_tiny_net(dropout=0.0), settings={"compile": compile_it})
+        for folder, compile_it in ((tmp_path, True), (None, False))
+    )
+    assert compiled.history[-1].train_loss == pytest.approx(plain.history[-1].train_loss, rel=1e-3)
+    assert load_file(compiled.last_weights).keys() == tiny.make_tiny_net().state_dict().keys()
+
+
 def test_epochs_that_are_not_due_are_not_validated_but_the_last_is(tiny, tmp_path):
     history = tiny.train_tiny(tmp_path, settings={"epochs": 5, "validate_every_epochs": 2}).history
     assert [epoch.val_top1 is not None for epoch in history] == [False, True, False, True, True]
