@@ -161,8 +161,9 @@ class TrainSettings(Settings):
         shard_cache_bytes: of all copies together.
         precision: `bf16` and `fp16` compute convolutions in that type over fp32 weights, `fp16` with a scaled loss; `auto` is
             bf16 where the hardware has it, else fp32.
-        compile: let `torch.compile` make the training steps, which takes minutes at the start and gives dropout other draws. Never tried on a GPU; on the CPU
-            where SA-GSM on BN-Inception was, it was no faster than our own kernels (inference, bf16: 0.51 against 0.50 s).
+        compile: let `torch.compile` make the training steps, which takes minutes at the start and gives dropout other draws.
+            Never tried on a GPU; on the CPU where SA-GSM on BN-Inception was, it was no faster than our own kernels (inference
+            in bf16: 0.51 against 0.50 s).
         seed: of the initial weights, the order of clips, the random draws of preprocessing and dropout.
         num_workers: Ray Train workers; 0 means one a GPU, or one without GPUs.
         min_workers: with how few of them training starts and goes on while nodes are missing; None waits for all.
