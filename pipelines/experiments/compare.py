@@ -27,7 +27,7 @@ def compare() -> Comparison:
         shards=ShardSettings(videos_per_shard=64),
         search=SearchSettings(num_trials=0),
         model=ModelSettings(dropout=0.2),
-        train=TrainSettings(epochs=8, batch_size=8, learning_rate=0.01, warmup_epochs=1.0, pixels=48, num_segments=4),
+        train=TrainSettings(epochs=10, batch_size=8, learning_rate=0.01, warmup_epochs=1.0, pixels=48, num_segments=4),
     )
     methods = ("tsn", "tsm", "gsm", "sa_gsm")
     return Comparison(
