@@ -20,7 +20,7 @@ def compare() -> Comparison:
     over frames, so that it cannot tell a video from the same played backwards.
 
     Command: `sagsm run compare`. Hardware: 2 CPU cores, 8 GB, at most 30 minutes. Reaches: validation top-1 of TSN at most 0.35
-    (chance 0.125), of TSM, GSM and SA-GSM at least 0.90. Seen so far: TSN 0.138 (10 epochs, dropout 0.2), TSM 0.897, just short.
+    (chance 0.125), of TSM, GSM and SA-GSM at least 0.90. Seen: TSN 0.138 (10 epochs, dropout 0.2), TSM 0.897, just short.
     """
     config = ExperimentConfig(
         dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=1600, num_validation=320)),
