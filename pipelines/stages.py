@@ -46,7 +46,7 @@ from preprocessing.planning import plan_shards
 from preprocessing.sandbox import missing_layers, sandbox_layers
 from preprocessing.shards import ShardReport, ShardSettings
 from preprocessing.synthetic import generate
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 
 _MINIMUM_SHARD_BYTES = 50 * 10**6
 

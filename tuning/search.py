@@ -26,7 +26,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from infra.errors import ClusterError, PipelineError
 from infra.progress import OnProgress
-from tuning.space import SearchSettings, overrides_of, suggest_params
+from tuning.settings import SearchSettings
+from tuning.space import overrides_of, suggest_params
 from tuning.trials import (
     STUDY_NAME,
     SearchResult,

@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 from infra.errors import PipelineError
 from infra.storage import write_json
 from models.placement import parse_placement
-from tuning.space import LEARNING_RATE, PLACEMENT, SearchSettings, baseline_points, overrides_of, search_space
+from tuning.settings import SearchSettings
+from tuning.space import LEARNING_RATE, PLACEMENT, baseline_points, overrides_of, search_space
 
 State = Literal["completed", "stopped", "failed"]
 

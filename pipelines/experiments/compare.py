@@ -7,7 +7,7 @@ from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
 from preprocessing.synthetic import SyntheticSettings
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 
 _BLIND = (0.0, 0.35)
 _SEES_MOTION = (0.90, 1.0)

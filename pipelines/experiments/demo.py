@@ -5,7 +5,8 @@ from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
 from preprocessing.synthetic import SyntheticSettings
-from tuning.space import SearchSettings
+from tuning.settings import Range, SearchSettings
+from tuning.space import LEARNING_RATE
 
 
 def demo() -> ExperimentConfig:
@@ -17,7 +18,9 @@ def demo() -> ExperimentConfig:
     return ExperimentConfig(
         dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=640, num_validation=160)),
         shards=ShardSettings(videos_per_shard=64),
-        search=SearchSettings(num_trials=3, max_epochs=2, subset=320, learning_rate_low=0.02, learning_rate_high=0.045),
+        search=SearchSettings(
+            num_trials=3, max_epochs=2, subset=320, space={LEARNING_RATE: Range(low=0.02, high=0.045, log=True)}
+        ),
         model=ModelSettings(dropout=0.2),
         train=TrainSettings(epochs=13, batch_size=8, learning_rate=0.03, warmup_epochs=3.0, pixels=48, num_segments=4),
     )

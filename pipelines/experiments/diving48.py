@@ -7,7 +7,7 @@ from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.training.settings import TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 
 
 def diving48() -> ExperimentConfig:

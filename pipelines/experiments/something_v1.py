@@ -4,7 +4,7 @@ from infra.settings import apply_overrides
 from pipelines.config import ExperimentConfig
 from pipelines.training.settings import TrainSettings
 from preprocessing.datasets import DatasetSettings
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 
 
 def something_v1() -> ExperimentConfig:

@@ -11,7 +11,7 @@ from models.placement import parse_placement
 from pipelines.training.job import TrainJob, train_job
 from pipelines.training.metrics import EpochMetrics
 from pipelines.training.settings import MIN_SGDR_PERIOD, ModelSettings, TrainSettings
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 from tuning.trials import TrialEvent
 
 # A trial that the scheduler stopped is not a failure: MLflow shows KILLED in red.

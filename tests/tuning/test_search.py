@@ -20,7 +20,8 @@ from ray import cloudpickle
 from infra.errors import ClusterError, PipelineError
 from models.placement import parse_placement
 from tuning.search import _scheduler, _Searcher, run_search
-from tuning.space import SearchSettings, overrides_of
+from tuning.settings import SearchSettings
+from tuning.space import overrides_of
 from tuning.trials import TrialRecord, end_trial, open_storage, prepare_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +217,7 @@ from pathlib import Path
 import ray
 
 from tuning.search import run_search
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 
 def objective(overrides, report, trial_dir):
     for epoch in range(2):

@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 from infra.errors import ConfigError
 from infra.settings import apply_overrides
 from models.placement import SLOTS, parse_placement
-from tuning.space import (
-    FAMILIES,
-    LEARNING_RATE,
-    PLACEMENT,
-    SearchSettings,
-    baseline_points,
-    overrides_of,
-    search_space,
-    suggest_params,
-)
+from tuning.settings import Range, SearchSettings
+from tuning.space import FAMILIES, LEARNING_RATE, PLACEMENT, baseline_points, overrides_of, search_space, suggest_params
 
 KINDS = ("booleans", "families")
 
@@ -39,7 +31,7 @@ def test_without_baselines_nothing_is_queued():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sampler_stays_inside_the_space(kind):
-    settings = SearchSettings(placement=kind, learning_rate_low=0.02, learning_rate_high=0.03)
+    settings = SearchSettings(placement=kind, space={LEARNING_RATE: Range(low=0.02, high=0.03, log=True)})
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     overrides = [overrides_of(suggest_params(study.ask(), settings)) for _ in range(30)]
     assert all(0.02 <= point[LEARNING_RATE] <= 0.03 for point in overrides)
@@ -63,19 +55,19 @@ def test_switches_fold_into_the_placement_that_they_spell(slots, learning_rate):
 
 
 def test_every_dimension_is_a_setting():
-    names = {name for kind in KINDS for dimension in search_space(SearchSettings(placement=kind)) for name in [dimension.name]}
+    names = {name for kind in KINDS for name in search_space(SearchSettings(placement=kind))}
     assert names == {PLACEMENT, LEARNING_RATE, *(f"{PLACEMENT}.{slot}" for slot in SLOTS)}
 
 
 def test_one_learning_rate_can_be_held():
-    settings = SearchSettings(learning_rate_low=0.03, learning_rate_high=0.03)
+    settings = SearchSettings(space={LEARNING_RATE: Range(low=0.03, high=0.03, log=True)})
     assert baseline_points(settings)[0][LEARNING_RATE] == 0.03
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"learning_rate_low": 0.5}, "learning_rate_low 0.5 is above learning_rate_high 0.1; swap them"),
+        ({"space": {LEARNING_RATE: {"kind": "range", "low": 0.5, "high": 0.1}}}, "low 0.5 is above high 0.1; swap them"),
         ({"grace_epochs": 9}, "grace_epochs 9 is above max_epochs 4; a trial cannot be granted more epochs than it trains"),
         ({"num_trials": -1}, "num_trials: Input should be greater than or equal to 0"),
         ({"trials": 3}, "trials is not a setting"),

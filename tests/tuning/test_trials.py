@@ -8,7 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 from infra.errors import PipelineError
-from tuning.space import LEARNING_RATE, PLACEMENT, SearchSettings, overrides_of, suggest_params
+from tuning.settings import SearchSettings
+from tuning.space import LEARNING_RATE, PLACEMENT, overrides_of, suggest_params
 from tuning.trials import (
     STUDY_NAME,
     SearchResult,
@@ -143,9 +144,7 @@ def test_if_all_trials_failed_they_are_tried_again(study):
 
 
 def test_a_study_of_another_space_is_refused(study):
-    with pytest.raises(
-        PipelineError, match=r"the study searches val/top1 over .*LogRange.*, expected val/top1 over .*remove its"
-    ):
+    with pytest.raises(PipelineError, match=r"the study searches val/top1 over .*Range.*, expected val/top1 over .*remove its"):
         prepare_study(study, SearchSettings(placement="families"))
     prepare_study(study, SETTINGS.model_copy(update={"num_trials": 99}))
 

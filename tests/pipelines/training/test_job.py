@@ -7,7 +7,7 @@ from pipelines.training.settings import ModelSettings, TrainSettings
 from pipelines.training.trial import trial_job
 from preprocessing.clip_ledger import ClipLedger
 from preprocessing.reader import open_shards
-from tuning.space import SearchSettings
+from tuning.settings import SearchSettings
 
 CPU = torch.device("cpu")
 SMALL = {"epochs": 2, "batch_size": 4, "warmup_epochs": 0.5, "pixels": 32, "num_segments": 2, "loader_threads": 1}
