@@ -1,6 +1,6 @@
 """The search: Ray Tune runs trials as processes, Optuna says what to try next, ASHA stops the hopeless ones.
 
-Ray asks and Optuna answers through `OptunaSearch`; what came of a trial is told by `_Watcher` instead, because Ray hands the
+Ray asks and Optuna answers through `Searcher`; what came of a trial is told by `_Watcher` instead, because Ray hands the
 searcher neither the cause of a failure nor the value at which a trial was stopped, and tells a stopped trial as a complete one.
 Ray's own experiment state is thrown away: the study alone says what is done (see `tuning/trials.py`).
 """
@@ -14,22 +14,20 @@ from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import optuna
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from infra.errors import ClusterError, PipelineError
 from infra.progress import OnProgress
+from tuning.sampling import NUMBER, OVERRIDES, Searcher
 from tuning.settings import SearchSettings
-from tuning.space import overrides_of, suggest_params
+from tuning.space import SA_GSM, search_space
 from tuning.trials import (
-    STUDY_NAME,
     SearchResult,
     State,
     TrialEvent,
@@ -37,8 +35,10 @@ from tuning.trials import (
     best_record,
     end_trial,
     open_storage,
+    overrides_in,
     prepare_study,
     read_records,
+    report_epoch,
     settle_interrupted,
     write_records,
 )
@@ -52,7 +52,6 @@ epoch, and keeps its files in `trial_dir`.
 """
 OnEvent = Callable[[TrialEvent], None]
 
-_NUMBER = "number"
 _BEST = "best"
 _METRICS = "metrics"
 _EPOCH = "training_iteration"  # Ray's count of reports
@@ -63,6 +62,7 @@ def run_search(
     settings: SearchSettings,
     *,
     storage_dir: Path,
+    network: str = SA_GSM,
     on_event: OnEvent | None = None,
     on_progress: OnProgress | None = None,
 ) -> SearchResult:
@@ -76,31 +76,34 @@ def run_search(
         objective: trains one trial; see `Objective`.
         settings: the `search` section.
         storage_dir: a folder that all nodes see.
+        network: the experiment's `model.name`, whose slots are searched.
         on_event: told in this process whenever a trial starts, reports an epoch or ends. If it raises, the search stops with
             that error, and its running trials count as interrupted.
         on_progress: `done` counts ended trials.
 
     Raises:
+        ConfigError: if the settings span no space; see `search_space`.
         ClusterError: if not even one trial fits into the cluster.
         PipelineError: if all trials failed, if the search was stopped before its end, or if the study holds another search.
     """
     if settings.num_trials == 0:
         return SearchResult([], None)
+    space = search_space(settings, network)
     storage_dir = storage_dir.absolute()
     storage_dir.mkdir(parents=True, exist_ok=True)
     with open_storage(storage_dir) as storage:
-        searcher = _Searcher(storage, settings)
-        prepare_study(searcher.study, settings)
+        searcher = Searcher(storage, settings, space)
+        prepare_study(searcher.study, settings, space)
         watcher = _Watcher(searcher, settings, storage_dir, on_event, on_progress)
         watcher.take_stock()
         num_remaining = settings.num_trials - len(watcher.records)
         if num_remaining > 0:
             _run_trials(objective, settings, searcher, watcher, num_remaining)
-    return _result(watcher.records, settings, storage_dir)
+    return _result(watcher.records, settings, storage_dir, is_exhausted=searcher.is_exhausted)
 
 
 def _run_trials(
-    objective: Objective, settings: SearchSettings, searcher: "_Searcher", watcher: "_Watcher", num_trials: int
+    objective: Objective, settings: SearchSettings, searcher: Searcher, watcher: "_Watcher", num_trials: int
 ) -> None:
     num_concurrent = _num_concurrent(settings)
     for name, value in {
@@ -147,51 +150,11 @@ def _run_trial(config: dict[str, Any], *, objective: Objective, metric: str, tri
         best = max(best, value)
         tune.report({_BEST: best, _METRICS: {name: float(number) for name, number in metrics.items()}})
 
-    trial_dir = _trial_dir(trials_dir, config[_NUMBER])
+    trial_dir = _trial_dir(trials_dir, config[NUMBER])
     trial_dir.mkdir(parents=True, exist_ok=True)
-    objective(overrides_of(config), report, trial_dir)
+    objective(config[OVERRIDES], report, trial_dir)
     if best == -math.inf:
         raise RuntimeError(f"the objective returned without a report of {metric}")
-
-
-class _Searcher(OptunaSearch):
-    """OptunaSearch that only asks; `_Watcher` tells."""
-
-    def __init__(self, storage: optuna.storages.RDBStorage, settings: SearchSettings) -> None:
-        super().__init__(
-            partial(_suggest, settings=settings),
-            metric=_BEST,  # Ray wants metric and mode here, not in TuneConfig, when the space is a function
-            mode="max",
-            storage=storage,
-            study_name=STUDY_NAME,
-            sampler=optuna.samplers.TPESampler(seed=0),
-        )
-        self.study = cast(optuna.Study, self._ot_study)
-        self._settings = settings
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Seed the sampler by the number of trials, so that a resumed search does not draw its first points again."""
-        num_trials = len(self.study.get_trials(deepcopy=False))
-        seed = int(np.random.SeedSequence([self._settings.seed, num_trials]).generate_state(1)[0])
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        params: dict[str, Any] | None = super().suggest(trial_id)
-        return params
-
-    def optuna_trial(self, trial: Trial) -> optuna.Trial:
-        """Optuna's side of a trial of Ray."""
-        found: optuna.Trial = self._ot_trials[trial.trial_id]
-        return found
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Told by `_Watcher`."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Told by `_Watcher`."""
-
-
-def _suggest(trial: optuna.Trial, settings: SearchSettings) -> dict[str, Any]:
-    suggest_params(trial, settings)  # Ray picks up what is suggested
-    return {_NUMBER: trial.number}
 
 
 def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
@@ -213,7 +176,7 @@ class _Watcher(tune.Callback):
 
     def __init__(
         self,
-        searcher: _Searcher,
+        searcher: Searcher,
         settings: SearchSettings,
         storage_dir: Path,
         on_event: OnEvent | None,
@@ -235,24 +198,25 @@ class _Watcher(tune.Callback):
     def take_stock(self) -> None:
         """Settle what an earlier run left behind and read what it has finished."""
         for trial in settle_interrupted(self._searcher.study):
-            overrides = overrides_of(trial.params)
-            self._emit(TrialEvent("ended", trial.number, overrides, {}, len(trial.intermediate_values), "interrupted"))
+            self._emit(
+                TrialEvent("ended", trial.number, overrides_in(trial), {}, len(trial.intermediate_values), "interrupted")
+            )
         self.records = read_records(self._searcher.study)
         self._save()
 
     @_guarded
     def on_trial_start(self, trial: Trial, **_: Any) -> None:
         """The process of a trial is up."""
-        number = trial.config[_NUMBER]
+        number = trial.config[NUMBER]
         self._started[number] = time.monotonic()
-        self._emit(TrialEvent("started", number, overrides_of(trial.config), {}, 0, "running"))
+        self._emit(TrialEvent("started", number, trial.config[OVERRIDES], {}, 0, "running"))
 
     @_guarded
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """A trial has reported an epoch."""
         metrics, epoch = result[_METRICS], result[_EPOCH]
-        self._searcher.optuna_trial(trial).report(metrics[self._settings.metric], epoch)
-        self._emit(TrialEvent("epoch", trial.config[_NUMBER], overrides_of(trial.config), metrics, epoch, "running"))
+        report_epoch(self._searcher.study, self._searcher.optuna_trial(trial), metrics, epoch, self._settings)
+        self._emit(TrialEvent("epoch", trial.config[NUMBER], trial.config[OVERRIDES], metrics, epoch, "running"))
 
     @_guarded
     def on_trial_complete(self, trial: Trial, **_: Any) -> None:
@@ -262,14 +226,14 @@ class _Watcher(tune.Callback):
     @_guarded
     def on_trial_error(self, trial: Trial, **_: Any) -> None:
         """A trial has raised, or its process has died."""
-        trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[_NUMBER])
+        trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[NUMBER])
         trial_dir.mkdir(parents=True, exist_ok=True)
         text = Path(trial.error_file).read_text()
         (trial_dir / "error.txt").write_text(text)
         self._end(trial, "failed", _cause(text))
 
     def _end(self, trial: Trial, state: State, error: str = "") -> None:
-        seconds = time.monotonic() - self._started.get(trial.config[_NUMBER], time.monotonic())
+        seconds = time.monotonic() - self._started.get(trial.config[NUMBER], time.monotonic())
         record = end_trial(self._searcher.study, self._searcher.optuna_trial(trial), state, seconds, error)
         self.records = sorted([*self.records, record], key=lambda record: record.number)
         self._save()
@@ -359,7 +323,7 @@ def _num_fitting(node: dict[str, float], settings: SearchSettings) -> int:
     return min(by_cpu, int(node.get("GPU", 0) / settings.gpus_per_trial + 1e-9))
 
 
-def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path) -> SearchResult:
+def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path, *, is_exhausted: bool) -> SearchResult:
     failed = [record for record in records if record.state == "failed"]
     if records and len(failed) == len(records):
         first = failed[0]
@@ -367,6 +331,9 @@ def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: P
             f"all {len(failed)} trials failed; the first cause, of trial {first.number}: {first.error}; "
             f"tracebacks are in {storage_dir / 'trials'}/*/error.txt"
         )
+    if len(records) < settings.num_trials and is_exhausted:
+        note = f"all {len(records)} different settings of the space were tried, {settings.num_trials} trials were asked for"
+        return SearchResult(records, best_record(records), note)
     if len(records) < settings.num_trials:
         raise PipelineError(
             f"the search was stopped after {len(records)} of {settings.num_trials} trials; run it again to go on from there"
@@ -382,7 +349,7 @@ def _cause(text: str) -> str:
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"trial-{trial.config[_NUMBER]:05d}"
+    return f"trial-{trial.config[NUMBER]:05d}"
 
 
 def _trial_dir(trials_dir: Path, number: int) -> Path:
