@@ -63,6 +63,8 @@ def check_search(search: SearchSettings, model: ModelSettings, train: TrainSetti
         _try(trained, search, common, f"space.{NETWORK}" if networks else "fixed")
         for name, dimension in search.space.items():
             met = {other: values[0] for other, values in dimension.when.items() if values}
+            for placement in (*dimension.when.get(PLACEMENT, ()), *dimension.unless.get(PLACEMENT, ())):
+                _try(trained, search, {**common, PLACEMENT: placement}, f"space.{name}")
             for value in _extremes(dimension) if name != NETWORK else []:
                 _try(trained, search, {**common, **met, name: value}, f"space.{name}")
 
