@@ -120,11 +120,23 @@ class VideoClassifier(nn.Module):
             least = f"{self.min_pixels} x {self.min_pixels}"
             raise ValueError(f"the network got frames of {height} x {width} pixels, but its backbone needs at least {least}")
         if self.takes_clips:
-            logits_BK: Tensor = self.new_fc(self.dropout(self.base_model(clips_BT3HW.transpose(1, 2))))
-            return logits_BK
-        features_NF = self.new_fc(self.dropout(self.base_model(clips_BT3HW.flatten(0, 1))))
-        agreed_BK: Tensor = self.consensus(features_NF.view(-1, self.num_segments, features_NF.shape[-1]))
-        return agreed_BK
+            return self.classify(self.base_model(clips_BT3HW.transpose(1, 2)))
+        return self.classify(self.base_model(clips_BT3HW.flatten(0, 1)))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of clips from what the backbone says of frames, or of clips if it takes those.
+
+        Not under autocast: with the 8 bits of bfloat16, logits of different classes tie, and which of them is the first is
+        chance (1.5 points of top-1 on 320 clips of the generated motion classes).
+
+        Shape:
+            input: float [B * T, F], or [B, F]. Output: [B, K], in the type of the parameters.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.new_fc(self.dropout(features.to(self.new_fc.weight.dtype)))
+            if not self.takes_clips:
+                logits = self.consensus(logits.view(-1, self.num_segments, logits.shape[-1]))
+            return logits
 
 
 def parameter_roles(model: nn.Module) -> dict[str, list[str]]:
