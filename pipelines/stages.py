@@ -258,9 +258,9 @@ STAGES = [
     Stage("index", index, settings=("dataset",), version=3, raw=lambda config: raw_listing(config.dataset)),
     Stage("shards", shards, needs=("index",), settings=("shards",), version=3),
     Stage("audit", audit, needs=("shards",), version=3),
-    Stage("search", search, needs=("shards",), settings=("search", "model", "train"), takes_cluster=True),
-    Stage("train", train, needs=("shards", "search"), settings=("model", "train"), takes_cluster=True),
-    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), takes_cluster=True),
+    Stage("search", search, needs=("shards",), settings=("search", "model", "train"), version=2, takes_cluster=True),
+    Stage("train", train, needs=("shards", "search"), settings=("model", "train"), version=2, takes_cluster=True),
+    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=2, takes_cluster=True),
     Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate")),
 ]
 
