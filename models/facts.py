@@ -48,13 +48,14 @@ _PUBLISHED = {
 """Of SA-GSM itself there is no number to stand beside these: the paper's was trained on 40,000 of the 86,017 videos."""
 
 
-def describe_model(name: str, num_classes: int, num_segments: int, **options: Any) -> ModelFacts:
+def describe_model(name: str, num_classes: int, num_segments: int, *, pixels: int | None = None, **options: Any) -> ModelFacts:
     """Count what a network costs, without computing anything.
 
     Args:
         name: one of `models.list_models()`.
         num_classes: K, at least 1.
         num_segments: T, at least 1, for TRN at least 2.
+        pixels: height and width of the frames; None is the usual size of the backbone.
         options: those of `models.model_options(name)`.
 
     Raises:
@@ -67,8 +68,8 @@ def describe_model(name: str, num_classes: int, num_segments: int, **options: An
     """
     with torch.device("meta"):
         model = build_model(name, num_classes=num_classes, num_segments=num_segments, **options).eval()
-        pixels = int(model.base_model.input_pixels)  # type: ignore[arg-type]  # "Tensor | Module"
-        clips = torch.empty(1, num_segments, 3, pixels, pixels)
+        side = pixels or int(model.base_model.input_pixels)  # type: ignore[arg-type]  # "Tensor | Module"
+        clips = torch.empty(1, num_segments, 3, side, side)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     attentions = _take_out_attention(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -128,9 +128,9 @@ def search(
     from tuning.search import run_search
 
     job = trial_job(_place(shards), model, train, search, val_split=_val_split(shards))
-    objective = partial(run_trial, job=job, num_threads=search.cpus_per_trial)
+    objective = partial(run_trial, job=job, search=search)
     _log_input(context, shards, "search")
-    with TrialRuns(context.tracker, context.run.run_id) as runs:
+    with TrialRuns(context.tracker, context.run.run_id, _command(context)) as runs:
         result = run_search(
             objective, search, storage_dir=context.output_dir, on_event=runs.on_event, on_progress=context.on_progress
         )
