@@ -5,7 +5,7 @@ Imports nothing else of ours.
 
 from models.classifier import VideoClassifier, parameter_roles
 from models.factory import create_model, list_models, model_options, model_slots
-from models.facts import ModelFacts, describe_model
+from models.facts import ModelFacts, describe_model, slot_macs
 from models.imagenet import BACKBONE_SOURCES, LoadedNames, load_backbone_weights
 from models.placement import SLOTS, Placement, parse_placement
 from models.switch import attend_only
@@ -28,4 +28,5 @@ __all__ = [
     "model_slots",
     "parameter_roles",
     "parse_placement",
+    "slot_macs",
 ]

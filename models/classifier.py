@@ -132,7 +132,8 @@ class VideoClassifier(nn.Module):
         Shape:
             input: float [B * T, F], or [B, F]. Output: [B, K], in the type of the parameters.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        device_type = "cpu" if features.is_meta else features.device.type  # autocast knows no meta device
+        with torch.autocast(device_type, enabled=False):
             logits: Tensor = self.new_fc(self.dropout(features.to(self.new_fc.weight.dtype)))
             if not self.takes_clips:
                 logits = self.consensus(logits.view(-1, self.num_segments, logits.shape[-1]))

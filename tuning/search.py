@@ -13,22 +13,25 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import optuna
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from infra.cluster import node_resources
 from infra.errors import ClusterError, PipelineError
 from infra.progress import OnProgress
+from tuning.budget import Budget
+from tuning.capacity import count_trials, plan_concurrency, trial_bundle
+from tuning.schedulers import BEST, EPOCH, make_scheduler
 from tuning.settings import SearchSettings
 from tuning.space import overrides_of, suggest_params
 from tuning.trials import (
+    SCRATCH,
     STUDY_NAME,
     SearchResult,
     State,
@@ -48,14 +51,14 @@ Objective = Callable[[dict[str, Any], Report, Path], None]
 """Called as `objective(overrides, report, trial_dir)` in the trial's own process.
 
 It comes from an importable module (a `functools.partial` of such a function will do), calls `report(metrics)` once after each
-epoch, and keeps its files in `trial_dir`.
+epoch, and keeps its files in `trial_dir`: those that nobody needs once it has ended, such as checkpoints, in its `SCRATCH`.
 """
 OnEvent = Callable[[TrialEvent], None]
 
 _NUMBER = "number"
-_BEST = "best"
 _METRICS = "metrics"
-_EPOCH = "training_iteration"  # Ray's count of reports
+_SECONDS_BETWEEN_LOOKS = 2.0
+_SECONDS_WITHOUT_NODES = 20.0  # nodes may come back
 
 
 def run_search(
@@ -66,7 +69,8 @@ def run_search(
     on_event: OnEvent | None = None,
     on_progress: OnProgress | None = None,
 ) -> SearchResult:
-    """Try settings until `settings.num_trials` trials have ended, counting those of earlier runs in the same `storage_dir`.
+    """Try settings until `settings.num_trials` trials have ended, counting those of earlier runs in the same `storage_dir`, or
+    until the budget of hours or GPU-hours is spent, after which no trial begins.
 
     A trial that raises, dies or reports a value that is not finite is a failed trial; the search goes on. A driver that is
     killed at any moment is simply run again. `storage_dir` gets `study.db` (Optuna), `trials.json` (after each trial) and
@@ -82,6 +86,7 @@ def run_search(
 
     Raises:
         ClusterError: if not even one trial fits into the cluster.
+        ConfigError: if the workers of a trial would share a GPU.
         PipelineError: if all trials failed, if the search was stopped before its end, or if the study holds another search.
     """
     if settings.num_trials == 0:
@@ -89,20 +94,22 @@ def run_search(
     storage_dir = storage_dir.absolute()
     storage_dir.mkdir(parents=True, exist_ok=True)
     with open_storage(storage_dir) as storage:
-        searcher = _Searcher(storage, settings)
+        searcher = _SearcherInBudget(storage, settings)
         prepare_study(searcher.study, settings)
         watcher = _Watcher(searcher, settings, storage_dir, on_event, on_progress)
         watcher.take_stock()
         num_remaining = settings.num_trials - len(watcher.records)
-        if num_remaining > 0:
+        if num_remaining > 0 and not searcher.budget.ended_by:
             _run_trials(objective, settings, searcher, watcher, num_remaining)
-    return _result(watcher.records, settings, storage_dir)
+        ended_by = searcher.budget.ended_by if len(watcher.records) < settings.num_trials else ""
+    return _result(watcher.records, settings, storage_dir, ended_by)
 
 
 def _run_trials(
-    objective: Objective, settings: SearchSettings, searcher: "_Searcher", watcher: "_Watcher", num_trials: int
+    objective: Objective, settings: SearchSettings, searcher: "_SearcherInBudget", watcher: "_Watcher", num_trials: int
 ) -> None:
-    num_concurrent = _num_concurrent(settings)
+    num_concurrent = plan_concurrency(settings, node_resources())
+    watcher.say(f"trials, {num_concurrent} at a time")
     for name, value in {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the user mean the same in a trial
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard copies of what the study holds
@@ -114,12 +121,12 @@ def _run_trials(
     shutil.rmtree(tune_dir, ignore_errors=True)
     train = partial(_run_trial, objective=objective, metric=settings.metric, trials_dir=watcher.storage_dir / "trials")
     tuner = tune.Tuner(
-        tune.with_resources(train, {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}),
+        tune.with_resources(train, trial_bundle(settings)),
         tune_config=tune.TuneConfig(
             num_samples=num_trials,
             max_concurrent_trials=num_concurrent,
             search_alg=searcher,
-            scheduler=_scheduler(settings, watcher.records),
+            scheduler=make_scheduler(settings, watcher.records),
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -128,6 +135,7 @@ def _run_trials(
         ),
     )
     tuner.fit()
+    watcher.remove_scratch()
     if watcher.broken_by is not None:
         raise watcher.broken_by
     shutil.rmtree(tune_dir, ignore_errors=True)
@@ -145,7 +153,7 @@ def _run_trial(config: dict[str, Any], *, objective: Objective, metric: str, tri
         if not math.isfinite(value):
             raise ValueError(f"{metric} is {value}; expected a finite number, so the trial has diverged")
         best = max(best, value)
-        tune.report({_BEST: best, _METRICS: {name: float(number) for name, number in metrics.items()}})
+        tune.report({BEST: best, _METRICS: {name: float(number) for name, number in metrics.items()}})
 
     trial_dir = _trial_dir(trials_dir, config[_NUMBER])
     trial_dir.mkdir(parents=True, exist_ok=True)
@@ -160,7 +168,7 @@ class _Searcher(OptunaSearch):
     def __init__(self, storage: optuna.storages.RDBStorage, settings: SearchSettings) -> None:
         super().__init__(
             partial(_suggest, settings=settings),
-            metric=_BEST,  # Ray wants metric and mode here, not in TuneConfig, when the space is a function
+            metric=BEST,  # Ray wants metric and mode here, not in TuneConfig, when the space is a function
             mode="max",
             storage=storage,
             study_name=STUDY_NAME,
@@ -189,6 +197,18 @@ class _Searcher(OptunaSearch):
         """Told by `_Watcher`."""
 
 
+class _SearcherInBudget(_Searcher):
+    """Asks for no more trials once the budget is spent."""
+
+    def __init__(self, storage: optuna.storages.RDBStorage, settings: SearchSettings) -> None:
+        super().__init__(storage, settings)
+        self.budget = Budget(self.study, settings)
+
+    def suggest(self, trial_id: str) -> Any:
+        """See `OptunaSearch`."""
+        return Searcher.FINISHED if self.budget.ended_by else super().suggest(trial_id)
+
+
 def _suggest(trial: optuna.Trial, settings: SearchSettings) -> dict[str, Any]:
     suggest_params(trial, settings)  # Ray picks up what is suggested
     return {_NUMBER: trial.number}
@@ -213,7 +233,7 @@ class _Watcher(tune.Callback):
 
     def __init__(
         self,
-        searcher: _Searcher,
+        searcher: _SearcherInBudget,
         settings: SearchSettings,
         storage_dir: Path,
         on_event: OnEvent | None,
@@ -227,6 +247,7 @@ class _Watcher(tune.Callback):
         self._on_event = on_event
         self._on_progress = on_progress
         self._started: dict[int, float] = {}
+        self._next_look = self._nodes_seen = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray writes its callbacks to `tuner.pkl`, which nobody reads."""
@@ -239,25 +260,47 @@ class _Watcher(tune.Callback):
             self._emit(TrialEvent("ended", trial.number, overrides, {}, len(trial.intermediate_values), "interrupted"))
         self.records = read_records(self._searcher.study)
         self._save()
+        self.remove_scratch()
+
+    def remove_scratch(self) -> None:
+        """Free the disk that trials held which nobody runs any more."""
+        for folder in (self.storage_dir / "trials").glob(f"*/{SCRATCH}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def look_for_nodes(self) -> None:
+        """Give up once no living node has held a trial for a while: Ray would wait for one for ever."""
+        now = time.monotonic()
+        if now < self._next_look or self.broken_by is not None:
+            return
+        self._next_look = now + _SECONDS_BETWEEN_LOOKS
+        if count_trials(self._settings, node_resources()):
+            self._nodes_seen = now
+        elif now - self._nodes_seen > _SECONDS_WITHOUT_NODES:
+            self.broken_by = ClusterError(
+                f"the cluster has lost the nodes that held trials, {len(self.records)} of {self._settings.num_trials} have "
+                "ended; start nodes and run again to go on from there"
+            )
 
     @_guarded
     def on_trial_start(self, trial: Trial, **_: Any) -> None:
         """The process of a trial is up."""
         number = trial.config[_NUMBER]
         self._started[number] = time.monotonic()
+        self._searcher.budget.tick(len(self._started))
         self._emit(TrialEvent("started", number, overrides_of(trial.config), {}, 0, "running"))
 
     @_guarded
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """A trial has reported an epoch."""
-        metrics, epoch = result[_METRICS], result[_EPOCH]
+        self._searcher.budget.tick(len(self._started))
+        metrics, epoch = result[_METRICS], result[EPOCH]
         self._searcher.optuna_trial(trial).report(metrics[self._settings.metric], epoch)
         self._emit(TrialEvent("epoch", trial.config[_NUMBER], overrides_of(trial.config), metrics, epoch, "running"))
 
     @_guarded
     def on_trial_complete(self, trial: Trial, **_: Any) -> None:
         """A trial has returned, or the scheduler has stopped it."""
-        self._end(trial, "completed" if trial.last_result[_EPOCH] >= self._settings.max_epochs else "stopped")
+        self._end(trial, "completed" if trial.last_result[EPOCH] >= self._settings.max_epochs else "stopped")
 
     @_guarded
     def on_trial_error(self, trial: Trial, **_: Any) -> None:
@@ -269,7 +312,10 @@ class _Watcher(tune.Callback):
         self._end(trial, "failed", _cause(text))
 
     def _end(self, trial: Trial, state: State, error: str = "") -> None:
-        seconds = time.monotonic() - self._started.get(trial.config[_NUMBER], time.monotonic())
+        number = trial.config[_NUMBER]
+        seconds = time.monotonic() - self._started.pop(number, time.monotonic())
+        self._searcher.budget.tick(len(self._started))
+        shutil.rmtree(_trial_dir(self.storage_dir / "trials", number) / SCRATCH, ignore_errors=True)
         record = end_trial(self._searcher.study, self._searcher.optuna_trial(trial), state, seconds, error)
         self.records = sorted([*self.records, record], key=lambda record: record.number)
         self._save()
@@ -282,8 +328,12 @@ class _Watcher(tune.Callback):
     def _emit(self, event: TrialEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
+        self.say(self._progress_text())
+
+    def say(self, text: str) -> None:
+        """Show a text beside how many trials have ended."""
         if self._on_progress is not None:
-            self._on_progress(len(self.records), self._settings.num_trials, self._progress_text())
+            self._on_progress(len(self.records), self._settings.num_trials, text)
 
     def _progress_text(self) -> str:
         best = best_record(self.records)
@@ -293,7 +343,7 @@ class _Watcher(tune.Callback):
 
 
 class _StopWhen(tune.Stopper):
-    """Ends the search once a callback has raised."""
+    """Ends the search once a callback has raised, or no node is left that could run a trial."""
 
     def __init__(self, watcher: _Watcher) -> None:
         self._watcher = watcher
@@ -307,59 +357,11 @@ class _StopWhen(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether to stop the whole search."""
+        self._watcher.look_for_nodes()
         return self._watcher.broken_by is not None
 
 
-def _scheduler(settings: SearchSettings, records: list[TrialRecord]) -> TrialScheduler | None:
-    """ASHA that knows the trials of earlier runs, so that a resumed search stops as early as one that was never killed.
-
-    Its last rung lies before the last epoch: a trial that has come so far is not killed while it writes its files.
-    """
-    if settings.grace_epochs == settings.max_epochs:
-        return None
-    scheduler = ASHAScheduler(
-        time_attr=_EPOCH,
-        metric=_BEST,
-        mode="max",
-        max_t=settings.max_epochs - 1,
-        grace_period=settings.grace_epochs,
-        reduction_factor=settings.reduction_factor,
-        stop_last_trials=False,
-    )
-    controller: Any = None
-    for record in records:
-        trial: Any = SimpleNamespace(trial_id=f"earlier-{record.number}")  # the scheduler asks a trial for nothing else
-        scheduler.on_trial_add(controller, trial)
-        for epoch, value in enumerate(np.maximum.accumulate(record.top1_by_epoch), start=1):
-            scheduler.on_trial_result(controller, trial, {_EPOCH: epoch, _BEST: float(value)})
-    return scheduler
-
-
-def _num_concurrent(settings: SearchSettings) -> int:
-    """How many trials to run at once; counted node by node, since a trial cannot span two.
-
-    Raises:
-        ClusterError: if not even one fits.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    num_fitting = sum(_num_fitting(node, settings) for node in nodes)
-    if num_fitting == 0:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ClusterError(
-            f"a trial asks for {settings.cpus_per_trial} CPUs and {settings.gpus_per_trial:g} GPUs on one node; "
-            f"the nodes of the cluster have {have}; lower search.cpus_per_trial or search.gpus_per_trial"
-        )
-    return min(num_fitting, settings.max_concurrent_trials or num_fitting)
-
-
-def _num_fitting(node: dict[str, float], settings: SearchSettings) -> int:
-    by_cpu = int(node.get("CPU", 0) // settings.cpus_per_trial)
-    if settings.gpus_per_trial == 0:
-        return by_cpu
-    return min(by_cpu, int(node.get("GPU", 0) / settings.gpus_per_trial + 1e-9))
-
-
-def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path) -> SearchResult:
+def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path, ended_by: str) -> SearchResult:
     failed = [record for record in records if record.state == "failed"]
     if records and len(failed) == len(records):
         first = failed[0]
@@ -367,11 +369,13 @@ def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: P
             f"all {len(failed)} trials failed; the first cause, of trial {first.number}: {first.error}; "
             f"tracebacks are in {storage_dir / 'trials'}/*/error.txt"
         )
-    if len(records) < settings.num_trials:
+    if ended_by and not records:
+        raise PipelineError(f"{ended_by} before a single trial has ended; raise it and run again")
+    if len(records) < settings.num_trials and not ended_by:
         raise PipelineError(
             f"the search was stopped after {len(records)} of {settings.num_trials} trials; run it again to go on from there"
         )
-    return SearchResult(records, best_record(records))
+    return SearchResult(records, best_record(records), ended_by)
 
 
 def _cause(text: str) -> str:

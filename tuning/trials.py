@@ -29,6 +29,8 @@ _OUTCOME = "outcome"
 _RETRY_OF = "retry_of"
 _SPACE = "space"
 STUDY_NAME = "search"
+SCRATCH = "scratch"
+"""A folder in a trial's own for what nobody needs once it has ended; the driver removes it then."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,14 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All trials that have ended, by number, and the best of them; None if nothing was searched."""
+    """All trials that have ended, by number, and the best of them; None if nothing was searched.
+
+    `ended_by` says which budget ended the search before `num_trials`, empty if none did.
+    """
 
     trials: list[TrialRecord]
     best: TrialRecord | None
+    ended_by: str = ""
 
     @property
     def overrides(self) -> dict[str, Any]:

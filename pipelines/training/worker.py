@@ -60,6 +60,7 @@ def train_on_cluster(
     *,
     storage_dir: Path,
     mirror: Folder | None = None,
+    plan: WorkerPlan | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
@@ -70,6 +71,7 @@ def train_on_cluster(
         storage_dir: for checkpoints, on a disk that all workers see, unless there is a `mirror`; made if it is missing. One
             training at a time.
         mirror: gets a copy of each checkpoint, from which training goes on where `storage_dir` has none.
+        plan: train with just these workers; None has as many as `job.train` says, with all the CPUs that the cluster has.
         on_epoch: called in this process, from a thread of its own, once for each epoch in order, soon after it ended. The
             epochs that an earlier, interrupted run had done come first.
         on_progress: told the steps, at most twice a second, and what is waited for.
@@ -86,7 +88,7 @@ def train_on_cluster(
     listener = Listener(job.train.epochs, on_epoch, on_progress)
     board = _make_board()
     try:
-        result = _attempt_until_done(job, storage_dir, mirror, listener, board)
+        result = _attempt_until_done(job, storage_dir, mirror, plan, listener, board)
     finally:
         ray.kill(board)
         shutil.rmtree(storage_dir / _RAY, ignore_errors=True)
@@ -95,14 +97,16 @@ def train_on_cluster(
     return result
 
 
-def _attempt_until_done(job: TrainJob, storage_dir: Path, mirror: Folder | None, listener: Listener, board: Any) -> TrainResult:
+def _attempt_until_done(
+    job: TrainJob, storage_dir: Path, mirror: Folder | None, fixed: WorkerPlan | None, listener: Listener, board: Any
+) -> TrainResult:
     import ray.train
 
     num_failures = num_failed_starts = 0
     result: TrainResult | None = None
     plan: WorkerPlan | None = None
     while result is None or not result.completed:
-        plan = find_room(job.train, listener.say, is_restart=plan is not None)
+        plan = find_room(job.train, listener.say, is_restart=plan is not None, fixed=fixed)
         _log.info("%s: %s", job.name, plan)
         listener.say(f"starting {plan}")
         try:
