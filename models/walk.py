@@ -26,12 +26,12 @@ def each_placement(model: VideoClassifier, clips_BT3HW: Tensor) -> Iterator[tupl
     pass after `attend_only`.
 
     Args:
-        model: an SA-GSM network in evaluation mode. Slots without attention, or in which `attend_only` has switched it off, stay
-            as they are, so n working ones give 2^n placements.
+        model: an SA-GSM network in evaluation mode. Slots without attention, or where `attend_only` has switched it off, stay
+            as they are; n others give 2^n placements.
         clips_BT3HW: what `model.prepare` gives.
 
     Yields:
-        A placement and its logits [B, K]; "none" first, each slot's attention after its absence, the last slot in quickest turn.
+        A placement and its logits [B, K]; "none" first, the last slot in quickest turn.
 
     Raises:
         ValueError: if the network is in training mode, where each pass would change the statistics of its batch norms, or has
