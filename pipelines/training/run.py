@@ -164,7 +164,7 @@ def _make_network(model: nn.Module, settings: TrainSettings, world_size: int) ->
     network: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]  # a Module if given one
     if world_size == 1:
         return network
-    # The attention of slots that a step leaves out gives no gradient, on any rank; then its gradient stays None, as on one rank.
+    # The attention that a step leaves out has no gradient on any rank; so it stays None, as on one rank.
     return DistributedDataParallel(network, find_unused_parameters=settings.random_placement)
 
 

@@ -225,8 +225,8 @@ def _means(sums: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     diverged = [placement for placement, (loss, _, _) in sums.items() if not math.isfinite(loss)]
     if diverged:
         raise PipelineError(
-            f"the supernet's loss is not finite with {len(diverged)} of {len(sums)} placements, such as {diverged[0]}; expected "
-            "numbers. Its training diverged: lower train.learning_rate"
+            f"the supernet's loss is not finite with {len(diverged)} of {len(sums)} placements, such as {diverged[0]}; "
+            "expected numbers. Its training diverged: lower train.learning_rate"
         )
     return {placement: {"top1": hits / count, "loss": loss / count} for placement, (loss, hits, count) in sums.items()}
 
