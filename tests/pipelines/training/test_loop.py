@@ -302,7 +302,7 @@ def test_validation_after_random_placements_is_that_of_all_slots(tiny):
     torch.manual_seed(0)
     model = create_model("sa_gsm_resnet18", num_classes=3, num_segments=2)
     val_loader = tiny.LargeLoader(4, train=False)
-    settings = {"random_placement": True, "epochs": 1, "learning_rate": 0.5}
+    settings = {"random_placement": True, "epochs": 1, "learning_rate": 0.02}
     result = tiny.train_tiny(None, model, loaders=(tiny.LargeLoader(16), val_loader), settings=settings)
     [batch] = val_loader
     losses = []
@@ -310,5 +310,5 @@ def test_validation_after_random_placements_is_that_of_all_slots(tiny):
         attend_only(model, placement)
         with torch.inference_mode():
             losses.append(cross_entropy(model.eval()(model.prepare(batch.clips)), batch.labels).item())
-    assert result.history[0].val_loss == pytest.approx(losses[0], abs=1e-6)
-    assert result.history[0].val_loss != pytest.approx(losses[1], abs=1e-6)
+    assert result.history[0].val_loss == pytest.approx(losses[0], rel=1e-6)
+    assert result.history[0].val_loss != pytest.approx(losses[1], rel=1e-5)
