@@ -3,7 +3,7 @@
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -121,13 +121,24 @@ def describe_use() -> str:
 
 
 def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, arguments: dict[str, Any]) -> R:
-    """Run `function(**arguments)` in a worker process of the cluster and return its result.
+    """Run `function(**arguments)` in a worker process of the cluster and return its result; see `call_each`."""
+    [(_, result)] = call_each(function, num_cpus=num_cpus, num_gpus=num_gpus, arguments=[arguments])
+    return result
+
+
+def call_each(
+    function: Callable[P, R], *, num_cpus: float, num_gpus: float, arguments: Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, R]]:
+    """Run `function` with each of several arguments in worker processes, as many at a time as fit.
 
     Args:
         function: from an importable module.
-        num_cpus: cores to reserve; torch is told to use as many threads.
-        num_gpus: GPUs to reserve.
-        arguments: keyword arguments; small, since they travel through Ray's object store.
+        num_cpus: cores to reserve for each; torch is told to use as many threads.
+        num_gpus: GPUs to reserve for each.
+        arguments: keyword arguments of each call; small, since they travel through Ray's object store.
+
+    Yields:
+        The number of a call, from 0, and its result, as they end. When the caller leaves early, the others are cancelled.
 
     Raises:
         ClusterError: if the cluster has not what is asked for, or the worker process died three times.
@@ -141,13 +152,18 @@ def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, argument
             f"the cluster has {have['CPU']:g} and {have['GPU']:g}; start larger nodes, or another --address"
         )
     task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=2)(_call)
+    numbers = {task.remote(function, values): number for number, values in enumerate(arguments)}
     try:
-        result: R = ray.get(task.remote(function, arguments))
-        return result
+        while numbers:
+            [ready], _ = ray.wait(list(numbers))
+            yield numbers.pop(ready), ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
         raise ClusterError(f"the worker process that ran {function.__name__} died three times: {error}") from error
+    finally:
+        for reference in numbers:
+            ray.cancel(reference)
 
 
 def _call(function: Callable[..., R], arguments: dict[str, Any]) -> R:

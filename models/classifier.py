@@ -109,6 +109,14 @@ class VideoClassifier(nn.Module):
         """Logits of clips: float [B, T, 3, H, W] to [B, K].
 
         Raises:
+            ValueError: as `frames`.
+        """
+        return self.classify(self.base_model(self.frames(clips_BT3HW)))
+
+    def frames(self, clips_BT3HW: Tensor) -> Tensor:
+        """What the backbone takes of clips: frames [B * T, 3, H, W], or whole clips [B, 3, T, H, W].
+
+        Raises:
             ValueError: if the clips have another number of segments than the network was made for, another rank, or frames that
                 are too small for the backbone.
         """
@@ -119,9 +127,7 @@ class VideoClassifier(nn.Module):
         if min(height, width) < self.min_pixels:
             least = f"{self.min_pixels} x {self.min_pixels}"
             raise ValueError(f"the network got frames of {height} x {width} pixels, but its backbone needs at least {least}")
-        if self.takes_clips:
-            return self.classify(self.base_model(clips_BT3HW.transpose(1, 2)))
-        return self.classify(self.base_model(clips_BT3HW.flatten(0, 1)))
+        return clips_BT3HW.transpose(1, 2) if self.takes_clips else clips_BT3HW.flatten(0, 1)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits of clips from what the backbone says of frames, or of clips if it takes those.
