@@ -91,8 +91,6 @@ def search_and_judge(context: StageContext, space: Space, command: str, search_c
     Returns:
         the stage's summary: `overrides` of the winner, `trials` (the leaderboard), `verdict` and `text`.
     """
-    if space.search.num_trials == 0:
-        return {"overrides": {}, "trials": [], "text": "no trials asked for; training goes by the settings"}
     supernet = _train_supernet(context, space) if space.search.method == "supernet" else None
     with TrialRuns(context.tracker, context.run.run_id, command) as runs:
         result = run_search(

@@ -124,6 +124,8 @@ def search(
     from pipelines.searching import Space, search_and_judge
     from pipelines.training.job import TrainJob
 
+    if search.num_trials == 0:
+        return {"overrides": {}, "trials": [], "text": "no trials asked for; training goes by the settings"}
     _log_input(context, shards, "search")
     split = _val_split(shards)
     job = TrainJob(context.experiment, _place(shards), model, train, val_split=split)

@@ -1,6 +1,6 @@
 """The search: Ray Tune runs trials as processes, Optuna says what to try next, ASHA stops the hopeless ones.
 
-Ray asks and Optuna answers through `OptunaSearch`; what came of a trial is told by `_Watcher` instead, because Ray hands the
+Ray asks and Optuna answers through `Searcher`; what came of a trial is told by `_Watcher` instead, because Ray hands the
 searcher neither the cause of a failure nor the value at which a trial was stopped, and tells a stopped trial as a complete one.
 Ray's own experiment state is thrown away: the study alone says what is done (see `tuning/trials.py`).
 """
@@ -13,26 +13,23 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import optuna
+from optuna.storages import RDBStorage
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
 from infra.cluster import node_resources
 from infra.errors import ClusterError, PipelineError
 from infra.progress import OnProgress
 from tuning.budget import Budget
 from tuning.capacity import count_trials, plan_concurrency, trial_bundle
+from tuning.sampling import NUMBER, OVERRIDES, Searcher
 from tuning.schedulers import BEST, EPOCH, make_scheduler
 from tuning.settings import SearchSettings
-from tuning.space import overrides_of, suggest_params
+from tuning.space import SA_GSM, Space, search_space
 from tuning.trials import (
     SCRATCH,
-    STUDY_NAME,
     SearchResult,
     State,
     TrialEvent,
@@ -40,8 +37,10 @@ from tuning.trials import (
     best_record,
     end_trial,
     open_storage,
+    overrides_in,
     prepare_study,
     read_records,
+    report_epoch,
     settle_interrupted,
     write_records,
 )
@@ -55,7 +54,6 @@ epoch, and keeps its files in `trial_dir`: those that nobody needs once it has e
 """
 OnEvent = Callable[[TrialEvent], None]
 
-_NUMBER = "number"
 _METRICS = "metrics"
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_WITHOUT_NODES = 20.0  # nodes may come back
@@ -66,6 +64,7 @@ def run_search(
     settings: SearchSettings,
     *,
     storage_dir: Path,
+    network: str = SA_GSM,
     on_event: OnEvent | None = None,
     on_progress: OnProgress | None = None,
 ) -> SearchResult:
@@ -80,29 +79,32 @@ def run_search(
         objective: trains one trial; see `Objective`.
         settings: the `search` section.
         storage_dir: a folder that all nodes see.
+        network: the experiment's `model.name`, whose slots are searched.
         on_event: told in this process whenever a trial starts, reports an epoch or ends. If it raises, the search stops with
             that error, and its running trials count as interrupted.
         on_progress: `done` counts ended trials.
 
     Raises:
+        ConfigError: if the settings span no space; see `search_space`.
         ClusterError: if not even one trial fits into the cluster.
         ConfigError: if the workers of a trial would share a GPU.
         PipelineError: if all trials failed, if the search was stopped before its end, or if the study holds another search.
     """
     if settings.num_trials == 0:
         return SearchResult([], None)
+    space = search_space(settings, network)
     storage_dir = storage_dir.absolute()
     storage_dir.mkdir(parents=True, exist_ok=True)
     with open_storage(storage_dir) as storage:
-        searcher = _SearcherInBudget(storage, settings)
-        prepare_study(searcher.study, settings)
+        searcher = _SearcherInBudget(storage, settings, space)
+        prepare_study(searcher.study, settings, space)
         watcher = _Watcher(searcher, settings, storage_dir, on_event, on_progress)
         watcher.take_stock()
         num_remaining = settings.num_trials - len(watcher.records)
         if num_remaining > 0 and not searcher.budget.ended_by:
             _run_trials(objective, settings, searcher, watcher, num_remaining)
-        ended_by = searcher.budget.ended_by if len(watcher.records) < settings.num_trials else ""
-    return _result(watcher.records, settings, storage_dir, ended_by)
+        note = searcher.why_ended if len(watcher.records) < settings.num_trials else ""
+    return _result(watcher.records, settings, storage_dir, note)
 
 
 def _run_trials(
@@ -113,6 +115,7 @@ def _run_trials(
     for name, value in {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the user mean the same in a trial
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard copies of what the study holds
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # those that the searcher names stand for what it is told by us
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the cause is in the record, the traceback in the trial's folder
         "RAY_AIR_NEW_OUTPUT": "0",  # the newer reporters print even at verbose=0
     }.items():
@@ -155,63 +158,28 @@ def _run_trial(config: dict[str, Any], *, objective: Objective, metric: str, tri
         best = max(best, value)
         tune.report({BEST: best, _METRICS: {name: float(number) for name, number in metrics.items()}})
 
-    trial_dir = _trial_dir(trials_dir, config[_NUMBER])
+    trial_dir = _trial_dir(trials_dir, config[NUMBER])
     trial_dir.mkdir(parents=True, exist_ok=True)
-    objective(overrides_of(config), report, trial_dir)
+    objective(config[OVERRIDES], report, trial_dir)
     if best == -math.inf:
         raise RuntimeError(f"the objective returned without a report of {metric}")
 
 
-class _Searcher(OptunaSearch):
-    """OptunaSearch that only asks; `_Watcher` tells."""
-
-    def __init__(self, storage: optuna.storages.RDBStorage, settings: SearchSettings) -> None:
-        super().__init__(
-            partial(_suggest, settings=settings),
-            metric=BEST,  # Ray wants metric and mode here, not in TuneConfig, when the space is a function
-            mode="max",
-            storage=storage,
-            study_name=STUDY_NAME,
-            sampler=optuna.samplers.TPESampler(seed=0),
-        )
-        self.study = cast(optuna.Study, self._ot_study)
-        self._settings = settings
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Seed the sampler by the number of trials, so that a resumed search does not draw its first points again."""
-        num_trials = len(self.study.get_trials(deepcopy=False))
-        seed = int(np.random.SeedSequence([self._settings.seed, num_trials]).generate_state(1)[0])
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        params: dict[str, Any] | None = super().suggest(trial_id)
-        return params
-
-    def optuna_trial(self, trial: Trial) -> optuna.Trial:
-        """Optuna's side of a trial of Ray."""
-        found: optuna.Trial = self._ot_trials[trial.trial_id]
-        return found
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Told by `_Watcher`."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Told by `_Watcher`."""
-
-
-class _SearcherInBudget(_Searcher):
+class _SearcherInBudget(Searcher):
     """Asks for no more trials once the budget is spent."""
 
-    def __init__(self, storage: optuna.storages.RDBStorage, settings: SearchSettings) -> None:
-        super().__init__(storage, settings)
+    def __init__(self, storage: RDBStorage, settings: SearchSettings, space: Space) -> None:
+        super().__init__(storage, settings, space)
         self.budget = Budget(self.study, settings)
 
+    @property
+    def why_ended(self) -> str:
+        """Why there will be no more trials: a spent budget or a space that was tried out; empty if there may be more."""
+        return self.budget.ended_by or ("all different settings of the space were tried" if self.is_exhausted else "")
+
     def suggest(self, trial_id: str) -> Any:
-        """See `OptunaSearch`."""
-        return Searcher.FINISHED if self.budget.ended_by else super().suggest(trial_id)
-
-
-def _suggest(trial: optuna.Trial, settings: SearchSettings) -> dict[str, Any]:
-    suggest_params(trial, settings)  # Ray picks up what is suggested
-    return {_NUMBER: trial.number}
+        """See `Searcher`."""
+        return str(self.FINISHED) if self.budget.ended_by else super().suggest(trial_id)
 
 
 def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
@@ -256,8 +224,9 @@ class _Watcher(tune.Callback):
     def take_stock(self) -> None:
         """Settle what an earlier run left behind and read what it has finished."""
         for trial in settle_interrupted(self._searcher.study):
-            overrides = overrides_of(trial.params)
-            self._emit(TrialEvent("ended", trial.number, overrides, {}, len(trial.intermediate_values), "interrupted"))
+            self._emit(
+                TrialEvent("ended", trial.number, overrides_in(trial), {}, len(trial.intermediate_values), "interrupted")
+            )
         self.records = read_records(self._searcher.study)
         self._save()
         self.remove_scratch()
@@ -284,18 +253,18 @@ class _Watcher(tune.Callback):
     @_guarded
     def on_trial_start(self, trial: Trial, **_: Any) -> None:
         """The process of a trial is up."""
-        number = trial.config[_NUMBER]
+        number = trial.config[NUMBER]
         self._started[number] = time.monotonic()
         self._searcher.budget.tick(len(self._started))
-        self._emit(TrialEvent("started", number, overrides_of(trial.config), {}, 0, "running"))
+        self._emit(TrialEvent("started", number, trial.config[OVERRIDES], {}, 0, "running"))
 
     @_guarded
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """A trial has reported an epoch."""
         self._searcher.budget.tick(len(self._started))
         metrics, epoch = result[_METRICS], result[EPOCH]
-        self._searcher.optuna_trial(trial).report(metrics[self._settings.metric], epoch)
-        self._emit(TrialEvent("epoch", trial.config[_NUMBER], overrides_of(trial.config), metrics, epoch, "running"))
+        report_epoch(self._searcher.study, self._searcher.optuna_trial(trial), metrics, epoch, self._settings)
+        self._emit(TrialEvent("epoch", trial.config[NUMBER], trial.config[OVERRIDES], metrics, epoch, "running"))
 
     @_guarded
     def on_trial_complete(self, trial: Trial, **_: Any) -> None:
@@ -305,14 +274,14 @@ class _Watcher(tune.Callback):
     @_guarded
     def on_trial_error(self, trial: Trial, **_: Any) -> None:
         """A trial has raised, or its process has died."""
-        trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[_NUMBER])
+        trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[NUMBER])
         trial_dir.mkdir(parents=True, exist_ok=True)
         text = Path(trial.error_file).read_text()
         (trial_dir / "error.txt").write_text(text)
         self._end(trial, "failed", _cause(text))
 
     def _end(self, trial: Trial, state: State, error: str = "") -> None:
-        number = trial.config[_NUMBER]
+        number = trial.config[NUMBER]
         seconds = time.monotonic() - self._started.pop(number, time.monotonic())
         self._searcher.budget.tick(len(self._started))
         shutil.rmtree(_trial_dir(self.storage_dir / "trials", number) / SCRATCH, ignore_errors=True)
@@ -361,7 +330,7 @@ class _StopWhen(tune.Stopper):
         return self._watcher.broken_by is not None
 
 
-def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path, ended_by: str) -> SearchResult:
+def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path, note: str) -> SearchResult:
     failed = [record for record in records if record.state == "failed"]
     if records and len(failed) == len(records):
         first = failed[0]
@@ -369,13 +338,13 @@ def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: P
             f"all {len(failed)} trials failed; the first cause, of trial {first.number}: {first.error}; "
             f"tracebacks are in {storage_dir / 'trials'}/*/error.txt"
         )
-    if ended_by and not records:
-        raise PipelineError(f"{ended_by} before a single trial has ended; raise it and run again")
-    if len(records) < settings.num_trials and not ended_by:
+    if note and not records:
+        raise PipelineError(f"{note} before a single trial has ended; raise it and run again")
+    if len(records) < settings.num_trials and not note:
         raise PipelineError(
             f"the search was stopped after {len(records)} of {settings.num_trials} trials; run it again to go on from there"
         )
-    return SearchResult(records, best_record(records), ended_by)
+    return SearchResult(records, best_record(records), note)
 
 
 def _cause(text: str) -> str:
@@ -386,7 +355,7 @@ def _cause(text: str) -> str:
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"trial-{trial.config[_NUMBER]:05d}"
+    return f"trial-{trial.config[NUMBER]:05d}"
 
 
 def _trial_dir(trials_dir: Path, number: int) -> Path:

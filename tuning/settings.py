@@ -11,11 +11,13 @@ Scalar = bool | int | float | str
 
 
 class _Dimension(Settings):
-    """What all dimensions share.
+    """What all dimensions share: conditions on dotted settings that are fixed, or chosen before.
+
+    A dimension that is not asked for leaves its setting as the experiment has it.
 
     Attributes:
-        when: asked for only where each of these dotted settings has one of the values; None stands for any value.
-        unless: not asked for where one of these dotted settings has one of the values.
+        when: asked for only where each of these settings has one of the values; one that was not asked for has none.
+        unless: not asked for where one of these settings has one of the values; placements may be spelled in any way.
     """
 
     when: dict[str, tuple[Scalar, ...]] = Field(default={})
@@ -35,7 +37,7 @@ class Choice(_Dimension):
 
 
 class Range(_Dimension):
-    """A number from `low` to `high`, both included: a whole one if both are whole, else a real one.
+    """A number from `low` to `high`, both included: a whole one if both are whole, else a real one of three digits.
 
     Attributes:
         log: searched on a logarithmic scale.
@@ -80,18 +82,21 @@ class SearchSettings(Settings):
         max_hours: no new trial is begun after so many hours of searching, earlier runs included; None is no limit.
         max_gpu_hours: the same for the sum over trials of GPUs times hours; None is no limit.
         seed: of the sampler. One trial at a time, equal seeds give equal trials.
-        sampler: who says what to try next: `tpe` learns from the trials, `random` does not, `grid` tries each combination once
-            (choices and placements only).
+        sampler: who says what to try next: `tpe` learns from the trials, `random` does not, `grid` tries each combination once,
+            after the baselines (choices and placements only). Whoever it is, equal settings are one trial, and the search ends
+            early if nothing is left to try.
         scheduler: who stops hopeless trials: `asha`, `median` (below the median of the others at the same epoch), or `none`.
         max_epochs: epochs that a trial trains if it is not stopped early.
         grace_epochs: epochs that every trial gets before it may be stopped.
         reduction_factor: of ASHA; about one in so many trials passes each rung.
-        placement: `booleans` switches each of the ten slots; `families` picks one of `FAMILIES`, for budgets below 30 trials;
-            `range` picks a first and a last slot; `fixed` leaves it as configured.
-        space: what else is searched: a dimension for each dotted setting.
+        placement: `booleans` switches each slot of the network; `families` picks one of `tuning.space.families`, for budgets
+            below 30 trials; `range` picks a first slot and how many follow on it, cut at the last slot; `fixed` leaves it as
+            configured, or to `space` and `fixed`.
+        space: what else is searched: a dimension for each dotted setting of `model` and `train`. With `model.name` among them
+            only families that all the networks have are searched.
         fixed: dotted settings that all trials share, and that the winner hands on.
         baselines: try attention nowhere, everywhere (as in the paper) and in the last two slots first, all else in the middle
-            of its range.
+            of its range; those that the space can express.
         cost: what the winner may not waste: with it the search has two objectives, `metric` and this one; see
             `pipelines/training/costs.py`.
         seeds_per_trial: trainings of a trial, with seeds of their own; its value is their mean.
@@ -144,6 +149,11 @@ class SearchSettings(Settings):
             raise ValueError(
                 f"seeds_per_trial {self.seeds_per_trial} with workers_per_trial {self.workers_per_trial}; expected one of them "
                 "to be 1, since the seeds of a trial take turns in one process"
+            )
+        ranges = [name for name, dimension in self.space.items() if isinstance(dimension, Range)]
+        if self.sampler == "grid" and ranges:
+            raise ValueError(
+                f"space.{ranges[0]} is a range, of which a grid cannot try each value; make it a choice, or leave it out"
             )
         if self.cost is not None and self.scheduler != "none":
             raise ValueError(
