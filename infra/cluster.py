@@ -102,6 +102,34 @@ def node_resources(*, free: bool = False) -> list[dict[str, float]]:
     return [available.get(node_id, {}) for node_id in nodes if node_id not in draining]
 
 
+def reclaim_reservations() -> int:
+    """Give back what is reserved by placement groups of this job whose creator, an actor, has died; return how many.
+
+    Ray keeps them until the job ends (2.60). The actor that Ray Train starts to remove them asks the dashboard who is alive,
+    which a cluster of our own has not.
+    """
+    import ray
+    from ray._private import state
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    accessor = state.state._connect_and_get_accessor()
+    table_data: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]  # made when it is imported
+    groups = [table_data.FromString(data) for data in accessor.get_placement_group_table()]
+    orphans = [
+        group
+        for group in groups
+        if group.creator_job_id.hex() == job
+        and group.creator_actor_dead
+        and any(byte != 0xFF for byte in group.creator_actor_id)  # else the driver made it
+        and group.state != table_data.REMOVED
+    ]
+    for group in orphans:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return len(orphans)
+
+
 def describe_use() -> str:
     """What of the cluster is free, and who holds the rest, as far as Ray tells: reservations and actors (not plain tasks)."""
     import ray

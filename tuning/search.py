@@ -5,7 +5,6 @@ searcher neither the cause of a failure nor the value at which a trial was stopp
 Ray's own experiment state is thrown away: the study alone says what is done (see `tuning/trials.py`).
 """
 
-import math
 import os
 import re
 import shutil
@@ -24,8 +23,9 @@ from infra.errors import ClusterError, PipelineError
 from infra.progress import OnProgress
 from tuning.budget import Budget
 from tuning.capacity import count_trials, plan_concurrency, trial_bundle
-from tuning.sampling import NUMBER, OVERRIDES, Searcher
-from tuning.schedulers import BEST, EPOCH, make_scheduler
+from tuning.process import METRICS, NUMBER, OVERRIDES, STOP, Objective, run_objective, trial_dir_of
+from tuning.sampling import Searcher
+from tuning.schedulers import EPOCH, make_scheduler
 from tuning.settings import SearchSettings
 from tuning.space import SA_GSM, Space, search_space
 from tuning.trials import (
@@ -45,16 +45,8 @@ from tuning.trials import (
     write_records,
 )
 
-Report = Callable[[dict[str, float]], None]
-Objective = Callable[[dict[str, Any], Report, Path], None]
-"""Called as `objective(overrides, report, trial_dir)` in the trial's own process.
-
-It comes from an importable module (a `functools.partial` of such a function will do), calls `report(metrics)` once after each
-epoch, and keeps its files in `trial_dir`: those that nobody needs once it has ended, such as checkpoints, in its `SCRATCH`.
-"""
 OnEvent = Callable[[TrialEvent], None]
 
-_METRICS = "metrics"
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_WITHOUT_NODES = 20.0  # nodes may come back
 
@@ -122,14 +114,14 @@ def _run_trials(
         os.environ.setdefault(name, value)
     tune_dir = watcher.storage_dir / "tune"
     shutil.rmtree(tune_dir, ignore_errors=True)
-    train = partial(_run_trial, objective=objective, metric=settings.metric, trials_dir=watcher.storage_dir / "trials")
+    train = partial(run_objective, objective=objective, metric=settings.metric, trials_dir=watcher.storage_dir / "trials")
     tuner = tune.Tuner(
         tune.with_resources(train, trial_bundle(settings)),
         tune_config=tune.TuneConfig(
             num_samples=num_trials,
             max_concurrent_trials=num_concurrent,
             search_alg=searcher,
-            scheduler=make_scheduler(settings, watcher.records),
+            scheduler=make_scheduler(settings, watcher.records, watcher.ask_to_stop),
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -142,27 +134,6 @@ def _run_trials(
     if watcher.broken_by is not None:
         raise watcher.broken_by
     shutil.rmtree(tune_dir, ignore_errors=True)
-
-
-def _run_trial(config: dict[str, Any], *, objective: Objective, metric: str, trials_dir: Path) -> None:
-    """The body of a trial, in its own process."""
-    best = -math.inf
-
-    def report(metrics: dict[str, float]) -> None:
-        nonlocal best
-        if metric not in metrics:
-            raise ValueError(f"the objective reported {sorted(metrics)}; expected {metric} among them")
-        value = float(metrics[metric])
-        if not math.isfinite(value):
-            raise ValueError(f"{metric} is {value}; expected a finite number, so the trial has diverged")
-        best = max(best, value)
-        tune.report({BEST: best, _METRICS: {name: float(number) for name, number in metrics.items()}})
-
-    trial_dir = _trial_dir(trials_dir, config[NUMBER])
-    trial_dir.mkdir(parents=True, exist_ok=True)
-    objective(config[OVERRIDES], report, trial_dir)
-    if best == -math.inf:
-        raise RuntimeError(f"the objective returned without a report of {metric}")
 
 
 class _SearcherInBudget(Searcher):
@@ -236,6 +207,10 @@ class _Watcher(tune.Callback):
         for folder in (self.storage_dir / "trials").glob(f"*/{SCRATCH}"):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def ask_to_stop(self, trial: Trial) -> None:
+        """Let a trial end when it has reported; it waits for the driver then."""
+        (trial_dir_of(self.storage_dir / "trials", trial.config[NUMBER]) / STOP).touch()
+
     def look_for_nodes(self) -> None:
         """Give up once no living node has held a trial for a while: Ray would wait for one for ever."""
         now = time.monotonic()
@@ -262,7 +237,7 @@ class _Watcher(tune.Callback):
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """A trial has reported an epoch."""
         self._searcher.budget.tick(len(self._started))
-        metrics, epoch = result[_METRICS], result[EPOCH]
+        metrics, epoch = result[METRICS], result[EPOCH]
         report_epoch(self._searcher.study, self._searcher.optuna_trial(trial), metrics, epoch, self._settings)
         self._emit(TrialEvent("epoch", trial.config[NUMBER], trial.config[OVERRIDES], metrics, epoch, "running"))
 
@@ -274,7 +249,7 @@ class _Watcher(tune.Callback):
     @_guarded
     def on_trial_error(self, trial: Trial, **_: Any) -> None:
         """A trial has raised, or its process has died."""
-        trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[NUMBER])
+        trial_dir = trial_dir_of(self.storage_dir / "trials", trial.config[NUMBER])
         trial_dir.mkdir(parents=True, exist_ok=True)
         text = Path(trial.error_file).read_text()
         (trial_dir / "error.txt").write_text(text)
@@ -284,7 +259,7 @@ class _Watcher(tune.Callback):
         number = trial.config[NUMBER]
         seconds = time.monotonic() - self._started.pop(number, time.monotonic())
         self._searcher.budget.tick(len(self._started))
-        shutil.rmtree(_trial_dir(self.storage_dir / "trials", number) / SCRATCH, ignore_errors=True)
+        shutil.rmtree(trial_dir_of(self.storage_dir / "trials", number) / SCRATCH, ignore_errors=True)
         record = end_trial(self._searcher.study, self._searcher.optuna_trial(trial), state, seconds, error)
         self.records = sorted([*self.records, record], key=lambda record: record.number)
         self._save()
@@ -356,7 +331,3 @@ def _cause(text: str) -> str:
 
 def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.config[NUMBER]:05d}"
-
-
-def _trial_dir(trials_dir: Path, number: int) -> Path:
-    return trials_dir / f"{number:05d}"

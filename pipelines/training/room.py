@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from infra.cluster import describe_use, node_resources
+from infra.cluster import describe_use, node_resources, reclaim_reservations
 from infra.errors import ClusterError
 from pipelines.training.settings import TrainSettings
 
@@ -98,6 +98,7 @@ def find_room(
             count = min(count_places(narrow, node_resources(free=True)), plan.num_workers)
             if count >= accepted:
                 return replace(narrow, num_workers=count)
+        reclaim_reservations()
         if is_last:
             wanted = fixed or replace(plan, num_workers=least, cpus=1)
             raise ClusterError(

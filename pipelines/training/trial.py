@@ -58,7 +58,7 @@ def run_trial(
 
     Args:
         overrides: dotted settings, `model.placement` and so on.
-        report: given the metrics of each epoch, `search.cost` among them; it may end the process.
+        report: given the metrics of each epoch, `search.cost` among them; what it raises ends the trial.
         trial_dir: holds checkpoints while the trial runs; it starts without, since a trial that was interrupted is tried anew.
         job: see `trial_job`.
         search: the section; torch gets as many threads as the trial has CPUs.
@@ -95,9 +95,21 @@ def _train_on_workers(
     from pipelines.training.room import WorkerPlan
     from pipelines.training.worker import train_on_cluster
 
+    ended_by: list[Exception] = []
+
+    def tell(metrics: EpochMetrics) -> None:
+        try:
+            on_epoch(metrics)
+        except Exception as error:  # in the thread that listens; the workers must give back what they hold first
+            ended_by.append(error)
+
     patient = {"train.min_workers": None, "train.wait_seconds": _WAIT_SECONDS}
     plan = WorkerPlan(search.workers_per_trial, search.cpus_per_trial, use_gpu=search.gpus_per_trial > 0)
-    train_on_cluster(job.with_overrides(patient), storage_dir=storage_dir, plan=plan, on_epoch=on_epoch)
+    train_on_cluster(
+        job.with_overrides(patient), storage_dir=storage_dir, plan=plan, on_epoch=tell, should_stop=lambda: bool(ended_by)
+    )
+    if ended_by:
+        raise ended_by[0]
 
 
 def _train_epoch(job: TrainJob, checkpoint_dir: Path, epoch: int, device: "torch.device") -> EpochMetrics:

@@ -1,4 +1,4 @@
-"""Tests of what is tried next: how well placements are found, repeats, grids, exhaustion, and equal seeds. No cluster needed."""
+"""What is tried next: how well placements are found, repeats, grids, exhaustion, and equal seeds; no cluster needed."""
 
 import itertools
 
