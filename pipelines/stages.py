@@ -121,7 +121,7 @@ def search(
     context: StageContext, shards: Artifact, search: SearchSettings, model: ModelSettings, train: TrainSettings
 ) -> dict[str, Any]:
     """Where should attention go, and is the gain real? Trials by Ray Tune and Optuna, a verdict, and a page."""
-    from pipelines.searching import Space, search_and_judge
+    from pipelines.searching import SearchTask, search_and_judge
     from pipelines.training.job import TrainJob
 
     if search.num_trials == 0:
@@ -130,8 +130,8 @@ def search(
     split = _val_split(shards)
     job = TrainJob(context.experiment, _place(shards), model, train, val_split=split)
     names = read_dataset_info(_place(shards)).label_names
-    space = Space(job, search, num_val_clips=shards.summary["by_split"][split]["kept"], num_classes=len(names))
-    return search_and_judge(context, space, _command(context, without="search."), _command(context))
+    task = SearchTask(job, search, num_val_clips=shards.summary["by_split"][split]["kept"], num_classes=len(names))
+    return search_and_judge(context, task, _command(context, without="search."), _command(context))
 
 
 def train(

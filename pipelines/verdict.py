@@ -121,6 +121,7 @@ def reach_verdict(
         partial(run_final, job=job, num_threads=search.cpus_per_trial),
         settings,
         storage_dir=folder,
+        network=job.model.name,
         on_event=on_event,
         on_progress=on_progress,
     )

@@ -18,7 +18,7 @@ from tuning.plots import interactive_plots, plotly_script
 from tuning.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from pipelines.searching import Searched, Space
+    from pipelines.searching import Searched, SearchTask
 
 FILE_NAME = "index.html"
 INTERACTIVE = "interactive.html"
@@ -44,7 +44,7 @@ def write_search(output_dir: Path, title: str, searched: "Searched", study_dir: 
     results = summarise_search(searched)
     write_json(output_dir / "search.json", results)
     figures = _draw(output_dir / "figures", searched, results)
-    plots = interactive_plots(study_dir, searched.space.search.metric)
+    plots = interactive_plots(study_dir, searched.task.search.metric)
     shown = {"title": f"{title}, interactive", "plots": plots, "script": plotly_script()}
     write_page(output_dir / INTERACTIVE, "interactive.html", shown)
     values = {
@@ -69,29 +69,28 @@ def summarise_search(searched: "Searched") -> dict[str, Any]:
         `is_pareto`; `states`: number of trials by state; `importance`: as `tuning.importance.Importance`; `supernet`: None, or
         `scores`, `top`, `trained` (placement, score, top-1), `agreement` (Spearman's rho and its interval) and seconds.
     """
-    space, records = searched.space, {record.number: record for record in searched.result.trials}
-    search = space.search
+    task, records = searched.task, {record.number: record for record in searched.result.trials}
+    search = task.search
     counts_clips = search.metric.endswith("top1")
     rows = []
     for row in searched.rows:
         record = records[row["trial"]]
-        mmacs = _mmacs(space, record)
+        mmacs = _mmacs(task, record)
         interval = None
         if counts_clips and record.top1 is not None:
-            interval = list(wilson_interval(round(record.top1 * space.num_val_clips), space.num_val_clips))
-        measured = getattr(record, "cost", None)
-        cost = mmacs if search.cost is None else measured
+            interval = list(wilson_interval(round(record.top1 * task.num_val_clips), task.num_val_clips))
+        cost = mmacs if search.cost is None else record.cost
         facts = {"overrides": record.overrides, "error": record.error, "seconds": record.seconds}
         rows.append({**row, **facts, "interval": interval, "mmacs": mmacs, "cost": cost})
     for row in rows:
         row["is_pareto"] = _is_pareto(row, rows)
     states = [record.state for record in records.values()]
-    importance = weigh(searched.result.trials, search.space, space.slots, grace_epochs=search.grace_epochs)
+    importance = weigh(searched.result.trials, search.space, task.slots, grace_epochs=search.grace_epochs)
     return {
         "verdict": searched.verdict,
         "metric": search.metric,
         "cost": _COSTS[search.cost or "mmacs"],
-        "num_clips": space.num_val_clips,
+        "num_clips": task.num_val_clips,
         "winner": rows[0],
         "rows": rows,
         "states": {state: states.count(state) for state in ("completed", "stopped", "failed")},
@@ -139,7 +138,7 @@ def describe_search(results: Mapping[str, Any], run_id: str) -> str:
 
 def _draw(folder: Path, searched: "Searched", results: Mapping[str, Any]) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
-    rows, metric, slots = results["rows"], results["metric"], searched.space.slots
+    rows, metric, slots = results["rows"], results["metric"], searched.task.slots
     figures = {}
     if slots:
         figures["strip"] = draw_strip(folder / "strip.png", results["importance"]["slots"], results["winner"]["placement"])
@@ -153,15 +152,15 @@ def _draw(folder: Path, searched: "Searched", results: Mapping[str, Any]) -> dic
     return figures
 
 
-def _mmacs(space: "Space", record: TrialRecord) -> float | None:
+def _mmacs(task: "SearchTask", record: TrialRecord) -> float | None:
     """Millions of multiply-accumulates of a clip at the size that the trial trains on: reckoned, not measured."""
-    job = space.job.with_overrides(record.overrides)
+    job = task.job.with_overrides(record.overrides)
     options = {name: getattr(job.model, name) for name in model_options(job.model.name)}
     placement = options.pop("placement", None)
     if placement is None:
         return None
     base, added = _slot_macs(
-        job.model.name, space.num_classes, job.train.num_segments, job.train.pixels, tuple(sorted(options.items()))
+        job.model.name, task.num_classes, job.train.num_segments, job.train.pixels, tuple(sorted(options.items()))
     )
     return round((base + sum(added[slot] for slot in parse_placement(placement, tuple(added)))) / 1e6, 1)
 

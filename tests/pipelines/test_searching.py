@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.searching import Space, shortlist
+from pipelines.searching import SearchTask, shortlist
 from pipelines.training.job import TrainJob
 from pipelines.training.settings import ModelSettings, TrainSettings
 from tuning.settings import SearchSettings
@@ -34,7 +34,7 @@ TINY = [
 def space(**changes):
     job = TrainJob("placement", "nowhere", ModelSettings(), TrainSettings())
     search = SearchSettings(method="supernet", scheduler="none", placement="fixed", space={}, **changes)
-    return Space(job, search, num_val_clips=160, num_classes=8)
+    return SearchTask(job, search, num_val_clips=160, num_classes=8)
 
 
 def test_the_shortlist_is_baselines_then_the_best_then_random_ones():

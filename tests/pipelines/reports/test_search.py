@@ -9,7 +9,7 @@ import pytest
 
 from models import SLOTS, describe_model, parse_placement
 from pipelines.reports.search import describe_search, doubts, search_metrics, summarise_search, write_search
-from pipelines.searching import Searched, Space
+from pipelines.searching import Searched, SearchTask
 from pipelines.training.job import TrainJob
 from pipelines.training.settings import ModelSettings, TrainSettings
 from pipelines.verdict import Question, untested
@@ -50,7 +50,7 @@ def make(tmp_path):
         )
         job = TrainJob("placement", "nowhere", ModelSettings(), TrainSettings(num_segments=4))
         result = SearchResult(records, best_record(records))
-        space = Space(job, search, num_val_clips=160, num_classes=8)
+        space = SearchTask(job, search, num_val_clips=160, num_classes=8)
         return Searched(space, result, supernet, verdict, leaderboard(result, "sagsm run '<b>placement</b>'"))
 
     return make
@@ -118,7 +118,7 @@ def test_an_untested_winner_says_how_to_test_it(make, tmp_path, read_page):
 
 def test_a_thousand_trials_leave_a_page_that_can_be_opened(make, tmp_path, read_page):
     searched = make(30)
-    many = Searched(searched.space, searched.result, None, TESTED, searched.rows * 10)
+    many = Searched(searched.task, searched.result, None, TESTED, searched.rows * 10)
     results = write_search(tmp_path, "sagsm: placement", many, study_dir=tmp_path)
     page = read_page(tmp_path / "index.html")
     assert page.tags.count("code") == 100
