@@ -52,10 +52,9 @@ def test_what_does_not_fit_is_told_which_setting_to_lower_and_then_fits(asked, n
             return
         with pytest.raises(ClusterError) as caught:
             plan_concurrency(settings, nodes)
-        words = str(caught.value).rsplit("; lower search.", 1)
-        if len(words) == 1:
-            assert str(caught.value).endswith(("add a node with CPUs", "lower search.cpus_per_trial or search.gpus_per_trial"))
+        if str(caught.value).endswith(("add a node with CPUs", "lower search.cpus_per_trial or search.gpus_per_trial")):
             return
+        words = str(caught.value).rsplit("; lower search.", 1)
         name, _, value = words[1].partition(",")[0].partition(" to ")
         assert float(value) < getattr(settings, name)
         settings = settings.model_copy(update={name: float(value) if name == "gpus_per_trial" else int(value)})

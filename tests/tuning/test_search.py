@@ -19,9 +19,10 @@ from ray import cloudpickle
 
 from infra.errors import ClusterError, PipelineError
 from models.placement import parse_placement
-from tuning.search import _Searcher, run_search
-from tuning.settings import SearchSettings
-from tuning.space import overrides_of
+from tuning.sampling import Searcher
+from tuning.search import run_search
+from tuning.settings import Choice, Range, SearchSettings
+from tuning.space import search_space
 from tuning.trials import TrialRecord, end_trial, open_storage, prepare_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,12 @@ def objective(overrides, report, trial_dir, faults=None, num_epochs=2):
     (trial_dir / "pid").write_text(str(os.getpid()))
 
 
+# Two of the three baselines are in it: none and all.
+SPACE = {"model.placement": Choice(values=("none", "all", "4e")), "train.learning_rate": Range(low=0.001, high=0.1, log=True)}
+
+
 def settings(**changes):
+    changes = {"placement": "fixed", "space": SPACE} | changes
     return SearchSettings(**{"num_trials": 2, "max_epochs": 2, "grace_epochs": 2, "max_concurrent_trials": 1} | changes)
 
 
@@ -186,24 +192,25 @@ def suggestions(folder, changed, sessions):
     points = []
     for num_trials in sessions:
         with open_storage(folder) as storage:
-            searcher = _Searcher(storage, changed)
-            prepare_study(searcher.study, changed)
+            space = search_space(changed)
+            searcher = Searcher(storage, changed, space)
+            prepare_study(searcher.study, changed, space)
             for name in map(str, range(num_trials)):
-                point = searcher.suggest(name)
+                point = searcher.suggest(name)["overrides"]
                 trial = searcher.optuna_trial(SimpleNamespace(trial_id=name))
-                trial.report(score(overrides_of(point), 1), 1)
+                trial.report(score(point, 1), 1)
                 end_trial(searcher.study, trial, "completed", 1.0)
-                points.append(overrides_of(point))
+                points.append(point)
     return points
 
 
 def test_equal_seeds_give_equal_trials_however_often_the_search_is_resumed(tmp_path):
-    changed = settings(placement="booleans")
+    changed = settings(placement="booleans", space={})
     whole = suggestions(tmp_path / "whole", changed, [14])
     assert suggestions(tmp_path / "resumed", changed, [3, 1, 10]) == whole
-    other = suggestions(tmp_path / "other", settings(placement="booleans", seed=1), [4])
-    assert other[:2] == whole[:2]
-    assert other[2:4] != whole[2:4]
+    other = suggestions(tmp_path / "other", settings(placement="booleans", space={}, seed=1), [4])
+    assert other[:3] == whole[:3]
+    assert other[3] != whole[3]
     assert len({str(point) for point in whole}) == 14
 
 

@@ -8,8 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 from infra.errors import PipelineError
-from tuning.settings import SearchSettings
-from tuning.space import LEARNING_RATE, PLACEMENT, overrides_of, suggest_params
+from tuning.settings import Choice, Range, SearchSettings
+from tuning.space import LEARNING_RATE, PLACEMENT, search_space, suggest
 from tuning.trials import (
     STUDY_NAME,
     SearchResult,
@@ -17,27 +17,32 @@ from tuning.trials import (
     best_record,
     end_trial,
     open_storage,
+    overrides_in,
     prepare_study,
     rank_records,
     read_records,
     settle_interrupted,
+    start_trial,
     write_records,
 )
 
-SETTINGS = SearchSettings(placement="booleans")
+WHERE = Choice(values=("none", "all", "4e"))  # two of the baselines
+RATES = Range(low=0.001, high=0.1, log=True)
+SETTINGS = SearchSettings(placement="fixed", space={PLACEMENT: WHERE, LEARNING_RATE: RATES})
+SPACE = search_space(SETTINGS)
 
 
 @pytest.fixture
 def study(tmp_path):
     with open_storage(tmp_path) as storage:
         study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize")
-        prepare_study(study, SETTINGS)
+        prepare_study(study, SETTINGS, SPACE)
         yield study
 
 
 def start(study, epochs=()):
     trial = study.ask()
-    suggest_params(trial, SETTINGS)
+    start_trial(trial, suggest(trial, SPACE), SPACE)
     for epoch, value in enumerate(epochs, start=1):
         trial.report(value, epoch)
     return trial
@@ -53,8 +58,8 @@ def record(number, top1=0.5, num_slots=1, state="completed"):
 
 
 def test_baselines_come_first_and_once(study):
-    prepare_study(study, SETTINGS)
-    placements = [overrides_of(start(study).params)[PLACEMENT] for _ in range(3)]
+    prepare_study(study, SETTINGS, SPACE)
+    placements = [overrides_in(start(study))[PLACEMENT] for _ in range(3)]
     assert placements[:2] == ["none", "all"]
     assert states(study) == ["RUNNING"] * 3
 
@@ -115,7 +120,7 @@ def test_a_queued_trial_killed_before_it_asked_for_its_values_keeps_them(study):
     settle_interrupted(study)
     start(study)
     again = start(study)
-    assert overrides_of(again.params)[PLACEMENT] == "none"
+    assert overrides_in(again)[PLACEMENT] == "none"
 
 
 @pytest.mark.parametrize(("state", "told"), [("completed", "COMPLETE"), ("stopped", "PRUNED"), ("failed", "FAIL")])
@@ -140,13 +145,14 @@ def test_if_all_trials_failed_they_are_tried_again(study):
     assert len(read_records(study)) == 2
     settle_interrupted(study)
     assert read_records(study) == []
-    assert [overrides_of(start(study).params)[PLACEMENT] for _ in range(2)] == ["none", "all"]
+    assert [overrides_in(start(study))[PLACEMENT] for _ in range(2)] == ["none", "all"]
 
 
 def test_a_study_of_another_space_is_refused(study):
+    families = SearchSettings(placement="families")
     with pytest.raises(PipelineError, match=r"the study searches val/top1 over .*Range.*, expected val/top1 over .*remove its"):
-        prepare_study(study, SearchSettings(placement="families"))
-    prepare_study(study, SETTINGS.model_copy(update={"num_trials": 99}))
+        prepare_study(study, families, search_space(families))
+    prepare_study(study, SETTINGS.model_copy(update={"num_trials": 99}), SPACE)
 
 
 def test_the_best_trial_has_the_best_epoch_then_fewer_slots_then_the_lower_number():
