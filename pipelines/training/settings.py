@@ -260,11 +260,9 @@ class TrainSettings(Settings):
 
     def with_epochs(self, epochs: int) -> "TrainSettings":
         """The same training, longer or shorter: the warm-up and the periods of SGDR keep their share of it."""
-        share = epochs / self.epochs
-        period = max(MIN_SGDR_PERIOD, self.sgdr_period_epochs * share)
-        return apply_overrides(
-            self, {"epochs": epochs, "warmup_epochs": self.warmup_epochs * share, "sgdr_period_epochs": period}
-        )
+        warmup, period = (value * epochs / self.epochs for value in (self.warmup_epochs, self.sgdr_period_epochs))
+        changes = {"epochs": epochs, "warmup_epochs": warmup, "sgdr_period_epochs": max(MIN_SGDR_PERIOD, period)}
+        return apply_overrides(self, changes)
 
 
 def build_model(

@@ -11,7 +11,7 @@ from infra.tracking import RunStatus, TrackedRun, Tracker
 from models.placement import parse_placement
 from pipelines.training.job import TrainJob, train_job
 from pipelines.training.metrics import EpochMetrics, StepStatus
-from pipelines.training.settings import MIN_SGDR_PERIOD, ModelSettings, TrainSettings
+from pipelines.training.settings import ModelSettings, TrainSettings
 from tuning.leaderboard import rerun_command
 from tuning.settings import SearchSettings
 from tuning.trials import SCRATCH, TrialEvent
@@ -32,15 +32,9 @@ def trial_job(
 
     The warm-up and the periods of SGDR keep their share of the training, so that a trial is the long training in small.
     """
-    share = search.max_epochs / train.epochs
-    short = {
-        "epochs": search.max_epochs,
-        "warmup_epochs": train.warmup_epochs * search.max_epochs / train.epochs,
-        "sgdr_period_epochs": max(MIN_SGDR_PERIOD, train.sgdr_period_epochs * share),
-        "subset": search.subset or train.subset,
-        "validate_every_epochs": 1,
-    }
-    return TrainJob("trial", shards_place, model, apply_overrides(train, short), val_split=val_split)
+    changes = {"subset": search.subset or train.subset, "validate_every_epochs": 1}
+    short = apply_overrides(train.with_epochs(search.max_epochs), changes)
+    return TrainJob("trial", shards_place, model, short, val_split=val_split)
 
 
 def run_trial(
