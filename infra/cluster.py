@@ -3,7 +3,7 @@
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -102,6 +102,34 @@ def node_resources(*, free: bool = False) -> list[dict[str, float]]:
     return [available.get(node_id, {}) for node_id in nodes if node_id not in draining]
 
 
+def reclaim_reservations() -> int:
+    """Give back what is reserved by placement groups of this job whose creator, an actor, has died; return how many.
+
+    Ray keeps them until the job ends (2.60). The actor that Ray Train starts to remove them asks the dashboard who is alive,
+    which a cluster of our own has not.
+    """
+    import ray
+    from ray._private import state
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    accessor = state.state._connect_and_get_accessor()
+    table_data: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]  # made when it is imported
+    groups = [table_data.FromString(data) for data in accessor.get_placement_group_table()]
+    orphans = [
+        group
+        for group in groups
+        if group.creator_job_id.hex() == job
+        and group.creator_actor_dead
+        and any(byte != 0xFF for byte in group.creator_actor_id)  # else the driver made it
+        and group.state != table_data.REMOVED
+    ]
+    for group in orphans:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return len(orphans)
+
+
 def describe_use() -> str:
     """What of the cluster is free, and who holds the rest, as far as Ray tells: reservations and actors (not plain tasks)."""
     import ray
@@ -121,13 +149,24 @@ def describe_use() -> str:
 
 
 def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, arguments: dict[str, Any]) -> R:
-    """Run `function(**arguments)` in a worker process of the cluster and return its result.
+    """Run `function(**arguments)` in a worker process of the cluster and return its result; see `call_each`."""
+    [(_, result)] = call_each(function, num_cpus=num_cpus, num_gpus=num_gpus, arguments=[arguments])
+    return result
+
+
+def call_each(
+    function: Callable[P, R], *, num_cpus: float, num_gpus: float, arguments: Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, R]]:
+    """Run `function` with each of several arguments in worker processes, as many at a time as fit.
 
     Args:
         function: from an importable module.
-        num_cpus: cores to reserve; torch is told to use as many threads.
-        num_gpus: GPUs to reserve.
-        arguments: keyword arguments; small, since they travel through Ray's object store.
+        num_cpus: cores to reserve for each; torch is told to use as many threads.
+        num_gpus: GPUs to reserve for each.
+        arguments: keyword arguments of each call; small, since they travel through Ray's object store.
+
+    Yields:
+        The number of a call, from 0, and its result, as they end. When the caller leaves early, the others are cancelled.
 
     Raises:
         ClusterError: if the cluster has not what is asked for, or the worker process died three times.
@@ -141,13 +180,18 @@ def call(function: Callable[P, R], *, num_cpus: float, num_gpus: float, argument
             f"the cluster has {have['CPU']:g} and {have['GPU']:g}; start larger nodes, or another --address"
         )
     task: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=2)(_call)
+    numbers = {task.remote(function, values): number for number, values in enumerate(arguments)}
     try:
-        result: R = ray.get(task.remote(function, arguments))
-        return result
+        while numbers:
+            [ready], _ = ray.wait(list(numbers))
+            yield numbers.pop(ready), ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
         raise ClusterError(f"the worker process that ran {function.__name__} died three times: {error}") from error
+    finally:
+        for reference in numbers:
+            ray.cancel(reference)
 
 
 def _call(function: Callable[..., R], arguments: dict[str, Any]) -> R:

@@ -5,10 +5,11 @@ Imports nothing else of ours.
 
 from models.classifier import VideoClassifier, parameter_roles
 from models.factory import create_model, list_models, model_options, model_slots
-from models.facts import ModelFacts, describe_model
+from models.facts import ModelFacts, describe_model, slot_macs
 from models.imagenet import BACKBONE_SOURCES, LoadedNames, load_backbone_weights
 from models.placement import SLOTS, Placement, parse_placement
-from models.switch import attend_only
+from models.switch import attend_only, attention_slots
+from models.walk import each_placement
 from models.weights import load_published_weights
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Placement",
     "VideoClassifier",
     "attend_only",
+    "attention_slots",
     "create_model",
     "describe_model",
+    "each_placement",
     "list_models",
     "load_backbone_weights",
     "load_published_weights",
@@ -28,4 +31,5 @@ __all__ = [
     "model_slots",
     "parameter_roles",
     "parse_placement",
+    "slot_macs",
 ]

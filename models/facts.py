@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.factory import build_model
+from models.factory import build_model, model_slots
 from models.temporal.attention import SelfAttention
 
 _MAP_BYTES = 4
@@ -48,13 +48,14 @@ _PUBLISHED = {
 """Of SA-GSM itself there is no number to stand beside these: the paper's was trained on 40,000 of the 86,017 videos."""
 
 
-def describe_model(name: str, num_classes: int, num_segments: int, **options: Any) -> ModelFacts:
+def describe_model(name: str, num_classes: int, num_segments: int, *, pixels: int | None = None, **options: Any) -> ModelFacts:
     """Count what a network costs, without computing anything.
 
     Args:
         name: one of `models.list_models()`.
         num_classes: K, at least 1.
         num_segments: T, at least 1, for TRN at least 2.
+        pixels: height and width of the frames; None is the usual size of the backbone.
         options: those of `models.model_options(name)`.
 
     Raises:
@@ -65,21 +66,51 @@ def describe_model(name: str, num_classes: int, num_segments: int, **options: An
         >>> facts.parameters, facts.published_top1
         (10448590, 0.1752)
     """
+    parameters, macs, attentions = _measure(name, num_classes, num_segments, pixels, options)
+    macs += sum(attention.macs(num_pairs) for attention, num_pairs in attentions)
+    heads = int(options.get("num_heads", 1))
+    top1, source = _PUBLISHED.get(name, (None, ""))
+    num_pairs = sum(num_pairs for _, num_pairs in attentions)
+    return ModelFacts(parameters, macs, heads * _MAP_BYTES * num_pairs, top1, source)
+
+
+def slot_macs(
+    name: str, num_classes: int, num_segments: int, *, pixels: int | None = None, **options: Any
+) -> tuple[int, dict[str, int]]:
+    """The multiply-accumulates of one clip without attention, and what attention in each slot adds to them.
+
+    What a placement costs is the sum, so that a thousand placements need not be counted one by one.
+
+    Args:
+        name: one of `models.list_models()` with attention.
+        num_classes: K.
+        num_segments: T.
+        pixels: as in `describe_model`.
+        options: as in `describe_model`; any placement is left aside.
+
+    Raises:
+        ValueError: as `models.create_model`.
+    """
+    _, macs, attentions = _measure(name, num_classes, num_segments, pixels, options | {"placement": "all"})
+    added = [attention.macs(num_pairs) for attention, num_pairs in attentions]
+    return macs, dict(zip(model_slots(name), added, strict=True))
+
+
+def _measure(
+    name: str, num_classes: int, num_segments: int, pixels: int | None, options: dict[str, Any]
+) -> "tuple[int, int, list[tuple[_Outline, int]]]":
+    """Parameters, multiply-accumulates without attention, and of each attention an outline and its pairs of positions."""
     with torch.device("meta"):
         model = build_model(name, num_classes=num_classes, num_segments=num_segments, **options).eval()
-        pixels = int(model.base_model.input_pixels)  # type: ignore[arg-type]  # "Tensor | Module"
-        clips = torch.empty(1, num_segments, 3, pixels, pixels)
+        side = pixels or int(model.base_model.input_pixels)  # type: ignore[arg-type]  # "Tensor | Module"
+        clips = torch.empty(1, num_segments, 3, side, side)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     attentions = _take_out_attention(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(clips)
     scope = str(options.get("scope", "frame"))
     pairs = [_pairs(attention.seen, num_segments, scope) for attention in attentions]
-    heads = int(options.get("num_heads", 1))
-    macs = counter.get_total_flops() // 2
-    macs += sum(attention.macs(num_pairs) for attention, num_pairs in zip(attentions, pairs, strict=True))
-    top1, source = _PUBLISHED.get(name, (None, ""))
-    return ModelFacts(parameters, macs, heads * _MAP_BYTES * sum(pairs), top1, source)
+    return parameters, counter.get_total_flops() // 2, list(zip(attentions, pairs, strict=True))
 
 
 class _Outline(nn.Module):

@@ -40,6 +40,17 @@ def attend_only(model: VideoClassifier, placement: str | int | Placement) -> Pla
     return chosen
 
 
+def attention_slots(model: VideoClassifier) -> tuple[str, ...]:
+    """The slots that the network was made with attention in, switched on or off, in the order in which a frame passes them.
+
+    Example:
+        >>> from models.factory import build_model
+        >>> attention_slots(build_model("sa_gsm_bn_inception", num_classes=2, num_segments=2, placement="5b,3c"))
+        ('3c', '5b')
+    """
+    return tuple(_attentions(model))
+
+
 def _attentions(model: VideoClassifier) -> dict[str, SelfAttention]:
     """The attention of each slot that has one. Gates stand in all slots, in their order."""
     gates: list[nn.Module] = [module for module in model.modules() if isinstance(module, GateShift)]

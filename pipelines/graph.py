@@ -38,6 +38,8 @@ class StageContext:
         on_progress: call it as `on_progress(done, total, text)`.
         experiment: name of the experiment.
         config: the whole configuration, for those who print it; what a stage computes with comes as its own arguments.
+        earlier: what this stage has made for this experiment before, by the same code from the same inputs with other settings,
+            the newest first; a search goes on from there.
     """
 
     output_dir: Path
@@ -46,6 +48,7 @@ class StageContext:
     on_progress: OnProgress
     experiment: str
     config: ExperimentConfig
+    earlier: Sequence[Artifact] = ()
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,15 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
             with tracker.start_run(" ".join(words).strip(), parent=pipeline.run_id, tags=tags, resume_id=resumed) as run:
                 write_json(run_file, {"run_id": run.run_id})
                 run.log_params(item.provenance.config)
-                context = StageContext(output_dir, run, tracker, progress.for_stage(item.name), request.experiment, item.config)
+                context = StageContext(
+                    output_dir,
+                    run,
+                    tracker,
+                    progress.for_stage(item.name),
+                    request.experiment,
+                    item.config,
+                    earlier=_earlier(store, item, request.experiment),
+                )
                 sections = {section: getattr(item.config, section) for section in stage.settings}
                 started = time.monotonic()
                 try:
@@ -183,6 +191,16 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
             return artifact
 
     return run_stage
+
+
+def _earlier(store: Store, item: PlannedStage, experiment: str) -> list[Artifact]:
+    """See `StageContext.earlier`."""
+    wanted = item.provenance
+    return [
+        artifact
+        for artifact in store.history(wanted.stage, experiment, item.variant)
+        if (artifact.manifest["version"], artifact.manifest["inputs"]) == (wanted.version, wanted.inputs)
+    ]
 
 
 def _must_not_run(item: PlannedStage, inputs: Mapping[str, Artifact]) -> Artifact:

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,30 +120,18 @@ def audit(context: StageContext, shards: Artifact) -> dict[str, Any]:
 def search(
     context: StageContext, shards: Artifact, search: SearchSettings, model: ModelSettings, train: TrainSettings
 ) -> dict[str, Any]:
-    """Try placements and learning rates: Ray Tune and Optuna; every trial is an MLflow run under this stage's."""
-    from pipelines.evaluation.figures import draw_search
-    from pipelines.training.trial import TrialRuns, run_trial, trial_job
-    from tuning.leaderboard import leaderboard
-    from tuning.search import run_search
+    """Where should attention go, and is the gain real? Trials by Ray Tune and Optuna, a verdict, and a page."""
+    from pipelines.searching import SearchTask, search_and_judge
+    from pipelines.training.job import TrainJob
 
-    job = trial_job(_place(shards), model, train, search, val_split=_val_split(shards))
-    objective = partial(run_trial, job=job, num_threads=search.cpus_per_trial)
-    _log_input(context, shards, "search")
-    with TrialRuns(context.tracker, context.run.run_id) as runs:
-        result = run_search(
-            objective, search, storage_dir=context.output_dir, on_event=runs.on_event, on_progress=context.on_progress
-        )
-    if result.best is None:
+    if search.num_trials == 0:
         return {"overrides": {}, "trials": [], "text": "no trials asked for; training goes by the settings"}
-    rows = leaderboard(result, _command(context))
-    write_json(context.output_dir / "leaderboard.json", rows)
-    (context.output_dir / "figures").mkdir(exist_ok=True)
-    context.run.log_file(draw_search(context.output_dir / "figures" / "search.png", rows), "figures")
-    context.run.log_file(context.output_dir / "leaderboard.json", "tables")
-    best = result.best
-    context.run.log_metrics({"val/top1": best.top1 or 0.0})
-    settings = ", ".join(f"{name}={value}" for name, value in best.overrides.items())
-    return {"overrides": best.overrides, "trials": rows, "text": f"best of {len(rows)} trials, {best.top1:.1%}: {settings}"}
+    _log_input(context, shards, "search")
+    split = _val_split(shards)
+    job = TrainJob(context.experiment, _place(shards), model, train, val_split=split)
+    names = read_dataset_info(_place(shards)).label_names
+    task = SearchTask(job, search, num_val_clips=shards.summary["by_split"][split]["kept"], num_classes=len(names))
+    return search_and_judge(context, task, _command(context, without="search."), _command(context))
 
 
 def train(
@@ -229,6 +216,9 @@ def report(
         figures["search"] = search.path / "figures" / "search.png"
     made = [shards, audit, search, train, evaluate]
     kept = {name: shards.summary[name] for name in ("dataset", "label_passport", "kept", "rejected", "frames")}
+    links = {"audit of the shards": (audit.path / "page.html").as_uri()}
+    if search.summary["trials"]:
+        links["page of the search"] = (search.path / "index.html").as_uri()
     page = write_report(
         context.output_dir,
         title=f"sagsm: {context.experiment}",
@@ -242,7 +232,7 @@ def report(
         evaluation=evaluation,
         figures=figures,
         config_yaml=config_yaml(context.config),
-        links={"audit of the shards": (audit.path / "page.html").as_uri()},
+        links=links,
     )
     context.run.log_file(page, "report")
     for name, figure in figures.items():
@@ -258,10 +248,10 @@ STAGES = [
     Stage("index", index, settings=("dataset",), version=3, raw=lambda config: raw_listing(config.dataset)),
     Stage("shards", shards, needs=("index",), settings=("shards",), version=3),
     Stage("audit", audit, needs=("shards",), version=3),
-    Stage("search", search, needs=("shards",), settings=("search", "model", "train"), takes_cluster=True),
-    Stage("train", train, needs=("shards", "search"), settings=("model", "train"), takes_cluster=True),
-    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), takes_cluster=True),
-    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate")),
+    Stage("search", search, needs=("shards",), settings=("search", "model", "train"), version=3, takes_cluster=True),
+    Stage("train", train, needs=("shards", "search"), settings=("model", "train"), version=2, takes_cluster=True),
+    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=2, takes_cluster=True),
+    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), version=2),
 ]
 
 
@@ -270,12 +260,12 @@ def config_yaml(config: Settings) -> str:
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _command(context: StageContext) -> str:
-    """The shell command of this experiment with the settings that were changed, but for those of the search."""
+def _command(context: StageContext, without: str | None = None) -> str:
+    """The shell command of this experiment with the settings that were changed, but for those that begin with `without`."""
     experiment = find_experiment(context.experiment)()
     assert isinstance(experiment, ExperimentConfig)  # a comparison searches nothing
     changed = changed_settings(experiment, context.config)
-    kept = {name: value for name, value in changed.items() if not name.startswith("search.")}
+    kept = {name: value for name, value in changed.items() if without is None or not name.startswith(without)}
     sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in kept.items()]
     return " ".join([f"sagsm run {context.experiment}", *sets])
 

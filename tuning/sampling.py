@@ -16,12 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial
 from ray.tune.search.optuna import OptunaSearch
 
+from tuning.process import NUMBER, OVERRIDES
 from tuning.settings import SearchSettings
 from tuning.space import Params, Space, key_of, suggest
 from tuning.trials import STUDY_NAME, is_interrupted, overrides_in, start_trial, tell_repeat
-
-NUMBER = "number"
-OVERRIDES = "overrides"
 
 _MOST_REPEATS = 20  # suggestions in a row that were known, before a random one that is not takes their place
 _MOST_POINTS = 20_000  # of a finite space that are looked through for one that was not tried

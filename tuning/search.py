@@ -5,7 +5,6 @@ searcher neither the cause of a failure nor the value at which a trial was stopp
 Ray's own experiment state is thrown away: the study alone says what is done (see `tuning/trials.py`).
 """
 
-import math
 import os
 import re
 import shutil
@@ -13,21 +12,24 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import ray
+from optuna.storages import RDBStorage
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+from infra.cluster import node_resources
 from infra.errors import ClusterError, PipelineError
 from infra.progress import OnProgress
-from tuning.sampling import NUMBER, OVERRIDES, Searcher
+from tuning.budget import Budget
+from tuning.capacity import count_trials, plan_concurrency, trial_bundle
+from tuning.process import METRICS, NUMBER, OVERRIDES, STOP, Objective, run_objective, trial_dir_of
+from tuning.sampling import Searcher
+from tuning.schedulers import EPOCH, make_scheduler
 from tuning.settings import SearchSettings
-from tuning.space import SA_GSM, search_space
+from tuning.space import SA_GSM, Space, search_space
 from tuning.trials import (
+    SCRATCH,
     SearchResult,
     State,
     TrialEvent,
@@ -43,18 +45,10 @@ from tuning.trials import (
     write_records,
 )
 
-Report = Callable[[dict[str, float]], None]
-Objective = Callable[[dict[str, Any], Report, Path], None]
-"""Called as `objective(overrides, report, trial_dir)` in the trial's own process.
-
-It comes from an importable module (a `functools.partial` of such a function will do), calls `report(metrics)` once after each
-epoch, and keeps its files in `trial_dir`.
-"""
 OnEvent = Callable[[TrialEvent], None]
 
-_BEST = "best"
-_METRICS = "metrics"
-_EPOCH = "training_iteration"  # Ray's count of reports
+_SECONDS_BETWEEN_LOOKS = 2.0
+_SECONDS_WITHOUT_NODES = 20.0  # nodes may come back
 
 
 def run_search(
@@ -66,7 +60,8 @@ def run_search(
     on_event: OnEvent | None = None,
     on_progress: OnProgress | None = None,
 ) -> SearchResult:
-    """Try settings until `settings.num_trials` trials have ended, counting those of earlier runs in the same `storage_dir`.
+    """Try settings until `settings.num_trials` trials have ended, counting those of earlier runs in the same `storage_dir`, or
+    until the budget of hours or GPU-hours is spent, after which no trial begins.
 
     A trial that raises, dies or reports a value that is not finite is a failed trial; the search goes on. A driver that is
     killed at any moment is simply run again. `storage_dir` gets `study.db` (Optuna), `trials.json` (after each trial) and
@@ -84,6 +79,7 @@ def run_search(
     Raises:
         ConfigError: if the settings span no space; see `search_space`.
         ClusterError: if not even one trial fits into the cluster.
+        ConfigError: if the workers of a trial would share a GPU.
         PipelineError: if all trials failed, if the search was stopped before its end, or if the study holds another search.
     """
     if settings.num_trials == 0:
@@ -92,37 +88,40 @@ def run_search(
     storage_dir = storage_dir.absolute()
     storage_dir.mkdir(parents=True, exist_ok=True)
     with open_storage(storage_dir) as storage:
-        searcher = Searcher(storage, settings, space)
+        searcher = _SearcherInBudget(storage, settings, space)
         prepare_study(searcher.study, settings, space)
         watcher = _Watcher(searcher, settings, storage_dir, on_event, on_progress)
         watcher.take_stock()
         num_remaining = settings.num_trials - len(watcher.records)
-        if num_remaining > 0:
+        if num_remaining > 0 and not searcher.budget.ended_by:
             _run_trials(objective, settings, searcher, watcher, num_remaining)
-    return _result(watcher.records, settings, storage_dir, is_exhausted=searcher.is_exhausted)
+        note = searcher.why_ended if len(watcher.records) < settings.num_trials else ""
+    return _result(watcher.records, settings, storage_dir, note)
 
 
 def _run_trials(
-    objective: Objective, settings: SearchSettings, searcher: Searcher, watcher: "_Watcher", num_trials: int
+    objective: Objective, settings: SearchSettings, searcher: "_SearcherInBudget", watcher: "_Watcher", num_trials: int
 ) -> None:
-    num_concurrent = _num_concurrent(settings)
+    num_concurrent = plan_concurrency(settings, node_resources())
+    watcher.say(f"trials, {num_concurrent} at a time")
     for name, value in {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the user mean the same in a trial
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard copies of what the study holds
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # those that the searcher names stand for what it is told by us
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the cause is in the record, the traceback in the trial's folder
         "RAY_AIR_NEW_OUTPUT": "0",  # the newer reporters print even at verbose=0
     }.items():
         os.environ.setdefault(name, value)
     tune_dir = watcher.storage_dir / "tune"
     shutil.rmtree(tune_dir, ignore_errors=True)
-    train = partial(_run_trial, objective=objective, metric=settings.metric, trials_dir=watcher.storage_dir / "trials")
+    train = partial(run_objective, objective=objective, metric=settings.metric, trials_dir=watcher.storage_dir / "trials")
     tuner = tune.Tuner(
-        tune.with_resources(train, {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}),
+        tune.with_resources(train, trial_bundle(settings)),
         tune_config=tune.TuneConfig(
             num_samples=num_trials,
             max_concurrent_trials=num_concurrent,
             search_alg=searcher,
-            scheduler=_scheduler(settings, watcher.records),
+            scheduler=make_scheduler(settings, watcher.records, watcher.ask_to_stop),
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -131,30 +130,27 @@ def _run_trials(
         ),
     )
     tuner.fit()
+    watcher.remove_scratch()
     if watcher.broken_by is not None:
         raise watcher.broken_by
     shutil.rmtree(tune_dir, ignore_errors=True)
 
 
-def _run_trial(config: dict[str, Any], *, objective: Objective, metric: str, trials_dir: Path) -> None:
-    """The body of a trial, in its own process."""
-    best = -math.inf
+class _SearcherInBudget(Searcher):
+    """Asks for no more trials once the budget is spent."""
 
-    def report(metrics: dict[str, float]) -> None:
-        nonlocal best
-        if metric not in metrics:
-            raise ValueError(f"the objective reported {sorted(metrics)}; expected {metric} among them")
-        value = float(metrics[metric])
-        if not math.isfinite(value):
-            raise ValueError(f"{metric} is {value}; expected a finite number, so the trial has diverged")
-        best = max(best, value)
-        tune.report({_BEST: best, _METRICS: {name: float(number) for name, number in metrics.items()}})
+    def __init__(self, storage: RDBStorage, settings: SearchSettings, space: Space) -> None:
+        super().__init__(storage, settings, space)
+        self.budget = Budget(self.study, settings)
 
-    trial_dir = _trial_dir(trials_dir, config[NUMBER])
-    trial_dir.mkdir(parents=True, exist_ok=True)
-    objective(config[OVERRIDES], report, trial_dir)
-    if best == -math.inf:
-        raise RuntimeError(f"the objective returned without a report of {metric}")
+    @property
+    def why_ended(self) -> str:
+        """Why there will be no more trials: a spent budget or a space that was tried out; empty if there may be more."""
+        return self.budget.ended_by or ("all different settings of the space were tried" if self.is_exhausted else "")
+
+    def suggest(self, trial_id: str) -> Any:
+        """See `Searcher`."""
+        return str(self.FINISHED) if self.budget.ended_by else super().suggest(trial_id)
 
 
 def _guarded(callback: Callable[..., None]) -> Callable[..., None]:
@@ -176,7 +172,7 @@ class _Watcher(tune.Callback):
 
     def __init__(
         self,
-        searcher: Searcher,
+        searcher: _SearcherInBudget,
         settings: SearchSettings,
         storage_dir: Path,
         on_event: OnEvent | None,
@@ -190,6 +186,7 @@ class _Watcher(tune.Callback):
         self._on_event = on_event
         self._on_progress = on_progress
         self._started: dict[int, float] = {}
+        self._next_look = self._nodes_seen = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray writes its callbacks to `tuner.pkl`, which nobody reads."""
@@ -203,37 +200,66 @@ class _Watcher(tune.Callback):
             )
         self.records = read_records(self._searcher.study)
         self._save()
+        self.remove_scratch()
+
+    def remove_scratch(self) -> None:
+        """Free the disk that trials held which nobody runs any more."""
+        for folder in (self.storage_dir / "trials").glob(f"*/{SCRATCH}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def ask_to_stop(self, trial: Trial) -> None:
+        """Let a trial end when it has reported; it waits for the driver then."""
+        (trial_dir_of(self.storage_dir / "trials", trial.config[NUMBER]) / STOP).touch()
+
+    def look_for_nodes(self) -> None:
+        """Give up once no living node has held a trial for a while: Ray would wait for one for ever."""
+        now = time.monotonic()
+        if now < self._next_look or self.broken_by is not None:
+            return
+        self._next_look = now + _SECONDS_BETWEEN_LOOKS
+        if count_trials(self._settings, node_resources()):
+            self._nodes_seen = now
+        elif now - self._nodes_seen > _SECONDS_WITHOUT_NODES:
+            self.broken_by = ClusterError(
+                f"the cluster has lost the nodes that held trials, {len(self.records)} of {self._settings.num_trials} have "
+                "ended; start nodes and run again to go on from there"
+            )
 
     @_guarded
     def on_trial_start(self, trial: Trial, **_: Any) -> None:
         """The process of a trial is up."""
         number = trial.config[NUMBER]
         self._started[number] = time.monotonic()
+        self._searcher.budget.tick(len(self._started))
         self._emit(TrialEvent("started", number, trial.config[OVERRIDES], {}, 0, "running"))
 
     @_guarded
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """A trial has reported an epoch."""
-        metrics, epoch = result[_METRICS], result[_EPOCH]
+        self._searcher.budget.tick(len(self._started))
+        metrics, epoch = result[METRICS], result[EPOCH]
         report_epoch(self._searcher.study, self._searcher.optuna_trial(trial), metrics, epoch, self._settings)
         self._emit(TrialEvent("epoch", trial.config[NUMBER], trial.config[OVERRIDES], metrics, epoch, "running"))
 
     @_guarded
     def on_trial_complete(self, trial: Trial, **_: Any) -> None:
         """A trial has returned, or the scheduler has stopped it."""
-        self._end(trial, "completed" if trial.last_result[_EPOCH] >= self._settings.max_epochs else "stopped")
+        self._end(trial, "completed" if trial.last_result[EPOCH] >= self._settings.max_epochs else "stopped")
 
     @_guarded
     def on_trial_error(self, trial: Trial, **_: Any) -> None:
         """A trial has raised, or its process has died."""
-        trial_dir = _trial_dir(self.storage_dir / "trials", trial.config[NUMBER])
+        trial_dir = trial_dir_of(self.storage_dir / "trials", trial.config[NUMBER])
         trial_dir.mkdir(parents=True, exist_ok=True)
         text = Path(trial.error_file).read_text()
         (trial_dir / "error.txt").write_text(text)
         self._end(trial, "failed", _cause(text))
 
     def _end(self, trial: Trial, state: State, error: str = "") -> None:
-        seconds = time.monotonic() - self._started.get(trial.config[NUMBER], time.monotonic())
+        number = trial.config[NUMBER]
+        seconds = time.monotonic() - self._started.pop(number, time.monotonic())
+        self._searcher.budget.tick(len(self._started))
+        shutil.rmtree(trial_dir_of(self.storage_dir / "trials", number) / SCRATCH, ignore_errors=True)
         record = end_trial(self._searcher.study, self._searcher.optuna_trial(trial), state, seconds, error)
         self.records = sorted([*self.records, record], key=lambda record: record.number)
         self._save()
@@ -246,8 +272,12 @@ class _Watcher(tune.Callback):
     def _emit(self, event: TrialEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
+        self.say(self._progress_text())
+
+    def say(self, text: str) -> None:
+        """Show a text beside how many trials have ended."""
         if self._on_progress is not None:
-            self._on_progress(len(self.records), self._settings.num_trials, self._progress_text())
+            self._on_progress(len(self.records), self._settings.num_trials, text)
 
     def _progress_text(self) -> str:
         best = best_record(self.records)
@@ -257,7 +287,7 @@ class _Watcher(tune.Callback):
 
 
 class _StopWhen(tune.Stopper):
-    """Ends the search once a callback has raised."""
+    """Ends the search once a callback has raised, or no node is left that could run a trial."""
 
     def __init__(self, watcher: _Watcher) -> None:
         self._watcher = watcher
@@ -271,59 +301,11 @@ class _StopWhen(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether to stop the whole search."""
+        self._watcher.look_for_nodes()
         return self._watcher.broken_by is not None
 
 
-def _scheduler(settings: SearchSettings, records: list[TrialRecord]) -> TrialScheduler | None:
-    """ASHA that knows the trials of earlier runs, so that a resumed search stops as early as one that was never killed.
-
-    Its last rung lies before the last epoch: a trial that has come so far is not killed while it writes its files.
-    """
-    if settings.grace_epochs == settings.max_epochs:
-        return None
-    scheduler = ASHAScheduler(
-        time_attr=_EPOCH,
-        metric=_BEST,
-        mode="max",
-        max_t=settings.max_epochs - 1,
-        grace_period=settings.grace_epochs,
-        reduction_factor=settings.reduction_factor,
-        stop_last_trials=False,
-    )
-    controller: Any = None
-    for record in records:
-        trial: Any = SimpleNamespace(trial_id=f"earlier-{record.number}")  # the scheduler asks a trial for nothing else
-        scheduler.on_trial_add(controller, trial)
-        for epoch, value in enumerate(np.maximum.accumulate(record.top1_by_epoch), start=1):
-            scheduler.on_trial_result(controller, trial, {_EPOCH: epoch, _BEST: float(value)})
-    return scheduler
-
-
-def _num_concurrent(settings: SearchSettings) -> int:
-    """How many trials to run at once; counted node by node, since a trial cannot span two.
-
-    Raises:
-        ClusterError: if not even one fits.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    num_fitting = sum(_num_fitting(node, settings) for node in nodes)
-    if num_fitting == 0:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ClusterError(
-            f"a trial asks for {settings.cpus_per_trial} CPUs and {settings.gpus_per_trial:g} GPUs on one node; "
-            f"the nodes of the cluster have {have}; lower search.cpus_per_trial or search.gpus_per_trial"
-        )
-    return min(num_fitting, settings.max_concurrent_trials or num_fitting)
-
-
-def _num_fitting(node: dict[str, float], settings: SearchSettings) -> int:
-    by_cpu = int(node.get("CPU", 0) // settings.cpus_per_trial)
-    if settings.gpus_per_trial == 0:
-        return by_cpu
-    return min(by_cpu, int(node.get("GPU", 0) / settings.gpus_per_trial + 1e-9))
-
-
-def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path, *, is_exhausted: bool) -> SearchResult:
+def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: Path, note: str) -> SearchResult:
     failed = [record for record in records if record.state == "failed"]
     if records and len(failed) == len(records):
         first = failed[0]
@@ -331,14 +313,13 @@ def _result(records: list[TrialRecord], settings: SearchSettings, storage_dir: P
             f"all {len(failed)} trials failed; the first cause, of trial {first.number}: {first.error}; "
             f"tracebacks are in {storage_dir / 'trials'}/*/error.txt"
         )
-    if len(records) < settings.num_trials and is_exhausted:
-        note = f"all {len(records)} different settings of the space were tried, {settings.num_trials} trials were asked for"
-        return SearchResult(records, best_record(records), note)
-    if len(records) < settings.num_trials:
+    if note and not records:
+        raise PipelineError(f"{note} before a single trial has ended; raise it and run again")
+    if len(records) < settings.num_trials and not note:
         raise PipelineError(
             f"the search was stopped after {len(records)} of {settings.num_trials} trials; run it again to go on from there"
         )
-    return SearchResult(records, best_record(records))
+    return SearchResult(records, best_record(records), note)
 
 
 def _cause(text: str) -> str:
@@ -350,7 +331,3 @@ def _cause(text: str) -> str:
 
 def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.config[NUMBER]:05d}"
-
-
-def _trial_dir(trials_dir: Path, number: int) -> Path:
-    return trials_dir / f"{number:05d}"

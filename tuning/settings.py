@@ -97,7 +97,8 @@ class SearchSettings(Settings):
         fixed: dotted settings that all trials share, and that the winner hands on.
         baselines: try attention nowhere, everywhere (as in the paper) and in the last two slots first, all else in the middle
             of its range; those that the space can express.
-        cost: what the winner may not waste: with it the search has two objectives, `metric` and this; see `tuning.costs`.
+        cost: what the winner may not waste: with it the search has two objectives, `metric` and this one; see
+            `pipelines/training/costs.py`.
         seeds_per_trial: trainings of a trial, with seeds of their own; its value is their mean.
         workers_per_trial: ranks that train a trial; 1 trains in the trial's own process.
         max_concurrent_trials: upper bound of trials at a time; 0 means as many as fit into the cluster.
@@ -143,6 +144,11 @@ class SearchSettings(Settings):
             raise ValueError(
                 f"grace_epochs {self.grace_epochs} is above max_epochs {self.max_epochs}; "
                 "a trial cannot be granted more epochs than it trains"
+            )
+        if self.seeds_per_trial > 1 and self.workers_per_trial > 1:
+            raise ValueError(
+                f"seeds_per_trial {self.seeds_per_trial} with workers_per_trial {self.workers_per_trial}; expected one of them "
+                "to be 1, since the seeds of a trial take turns in one process"
             )
         ranges = [name for name, dimension in self.space.items() if isinstance(dimension, Range)]
         if self.sampler == "grid" and ranges:

@@ -35,6 +35,9 @@ _RETRY_OF = "retry_of"
 _SAME_AS = "same_as"
 _SPACE = "space"
 STUDY_NAME = "search"
+STUDY_FILE = "study.db"
+SCRATCH = "scratch"
+"""A folder in a trial's own for what nobody needs once it has ended; the driver removes it then."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,9 @@ class SearchResult:
 
 @contextmanager
 def open_storage(storage_dir: Path) -> Iterator[optuna.storages.RDBStorage]:
-    """Open or create the database of the study, `storage_dir`/study.db, and close it at the end."""
+    """Open or create the database of the study, `storage_dir`/`STUDY_FILE`, and close it at the end."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{storage_dir / 'study.db'}")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{storage_dir / STUDY_FILE}")
     try:
         yield storage
     finally:

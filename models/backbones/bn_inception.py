@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from models.backbones.slotted import Rest, pass_slots
+
 
 class _Block(NamedTuple):
     """Output channels of the convolutions of one Inception block, and how its pooling branch pools.
@@ -91,18 +93,46 @@ class BNInception(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Features of frames: [N, 3, H, W] to [N, 1024]."""
+        return pass_slots(self, x_NCHW)
+
+    def stem(self, x_NCHW: Tensor) -> Tensor:
+        """See `Slotted`; the map is an eighth of the frame."""
         x = self._unit("conv1_7x7_s2", x_NCHW)
         x = functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
         x = self._unit("conv2_3x3_reduce", x)
         x = self._unit("conv2_3x3", x)
-        x = functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-        for slot, block in BLOCKS.items():
-            x = self._block(slot, block, x)
-        return x.mean(dim=(2, 3))
+        return functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+
+    def before(self, slot: str, x_NCHW: Tensor) -> tuple[Tensor, Rest]:
+        """See `Slotted`; the rest are the other branches, in the order in which they are joined."""
+        name, block, x = f"inception_{slot}", BLOCKS[slot], x_NCHW
+        if not block.one:
+            z = self.get_submodule(f"{name}_3x3_reduce")(x)
+            return z, (self._double_branch(name, x), _halve(x))
+        three = self._unit(f"{name}_3x3", self._unit(f"{name}_3x3_reduce", x))
+        double = self._double_branch(name, x)
+        pooled = average_3x3(x) if block.pool == "avg" else functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+        projected = self._unit(f"{name}_pool_proj", pooled)
+        return self.get_submodule(f"{name}_1x1")(x), (three, double, projected)
+
+    def slot_module(self, slot: str) -> nn.Module | None:
+        """See `Slotted`."""
+        return self._modules.get(f"gsm_inception_{slot}_{_gated_branch(BLOCKS[slot])}")
+
+    def after(self, slot: str, z_NCHW: Tensor, rest: Rest) -> Tensor:
+        """See `Slotted`."""
+        name, block = f"inception_{slot}", BLOCKS[slot]
+        first = self._norm(f"{name}_{_gated_branch(block)}", z_NCHW)
+        if not block.one:
+            first = self._unit(f"{name}_3x3", first)
+        return torch.cat((first, *rest), dim=1)
+
+    def head(self, x_NCHW: Tensor) -> Tensor:
+        """See `Slotted`."""
+        return x_NCHW.mean(dim=(2, 3))
 
     def _add_block(self, slot: str, block: _Block, channels: int, make_slot_module: MakeSlotModule | None) -> None:
         name = f"inception_{slot}"
-        gated_branch, gated_channels = ("1x1", block.one) if block.one else ("3x3_reduce", block.three_reduce)
         if block.one:
             self._add_unit(f"{name}_1x1", channels, block.one, kernel_size=1)
         self._add_unit(f"{name}_3x3_reduce", channels, block.three_reduce, kernel_size=1)
@@ -113,18 +143,11 @@ class BNInception(nn.Module):
         if block.proj:
             self._add_unit(f"{name}_pool_proj", channels, block.proj, kernel_size=1)
         if make_slot_module:
-            self.add_module(f"gsm_{name}_{gated_branch}", make_slot_module(slot, gated_channels))
+            self.add_module(f"gsm_{name}_{_gated_branch(block)}", make_slot_module(slot, block.one or block.three_reduce))
 
-    def _block(self, slot: str, block: _Block, x: Tensor) -> Tensor:
-        name = f"inception_{slot}"
-        three = self._unit(f"{name}_3x3", self._unit(f"{name}_3x3_reduce", x))
+    def _double_branch(self, name: str, x: Tensor) -> Tensor:
         double = self._unit(f"{name}_double_3x3_1", self._unit(f"{name}_double_3x3_reduce", x))
-        double = self._unit(f"{name}_double_3x3_2", double)
-        if not block.one:
-            return torch.cat((three, double, _halve(x)), dim=1)
-        pooled = average_3x3(x) if block.pool == "avg" else functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-        projected = self._unit(f"{name}_pool_proj", pooled)
-        return torch.cat((self._unit(f"{name}_1x1", x), three, double, projected), dim=1)
+        return self._unit(f"{name}_double_3x3_2", double)
 
     def _add_unit(self, name: str, in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> None:
         """A convolution and the batch norm behind it, under their published names; initialised as the class says."""
@@ -136,12 +159,17 @@ class BNInception(nn.Module):
         self.add_module(f"{name}_bn", nn.BatchNorm2d(out_channels))
 
     def _unit(self, name: str, x: Tensor) -> Tensor:
-        """Convolution, the slot's module if there is one, batch norm, ReLU."""
-        x = self.get_submodule(name)(x)
-        slot_module = self._modules.get(f"gsm_{name}")
-        if slot_module is not None:
-            x = slot_module(x)
+        """Convolution, batch norm, ReLU."""
+        return self._norm(name, self.get_submodule(name)(x))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        """The unit without its convolution."""
         return functional.relu(self.get_submodule(f"{name}_bn")(x), inplace=True)
+
+
+def _gated_branch(block: _Block) -> str:
+    """The first branch, in which the slot lies."""
+    return "1x1" if block.one else "3x3_reduce"
 
 
 def average_3x3(x_NCHW: Tensor) -> Tensor:

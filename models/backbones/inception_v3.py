@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones.bn_inception import MakeSlotModule, average_3x3
+from models.backbones.slotted import Rest, pass_slots
 
 
 class _Unit(NamedTuple):
@@ -117,8 +118,7 @@ BLOCKS = {
     "mixed_10": _block_8(pool="max"),
 }
 
-_SLOT_UNITS = {"mixed_3": "tower_conv", "mixed_8": "tower_conv"}
-"""The unit of a block in which the slot lies, where it is not `conv`, the 1 x 1 branch."""
+_WITHOUT_SLOT, _BEFORE_IT = "mixed_6", "mixed_5"
 
 _STEM = (
     ("conv", 32, 3, 2, 0),
@@ -146,7 +146,7 @@ class InceptionV3(nn.Module):
         input: [N, 3, H, W], H and W at least 69. Output: [N, 2048]. A channels_last input stays channels_last throughout.
     """
 
-    SLOTS = tuple(block for block in BLOCKS if block != "mixed_6")
+    SLOTS = tuple(block for block in BLOCKS if block != _WITHOUT_SLOT)
     num_features = 2048
     input_pixels = 229
     min_pixels = 69
@@ -160,20 +160,45 @@ class InceptionV3(nn.Module):
         for name, block in BLOCKS.items():
             channels = self._add_block(name, block, channels)
             if make_slot_module and name in self.SLOTS:
-                conv = f"{name}_{_SLOT_UNITS.get(name, 'conv')}_Conv2D"
+                conv = f"{name}_{_slot_unit(name)}_Conv2D"
                 out_channels = int(self.get_submodule(conv).out_channels)  # type: ignore[arg-type]  # "Tensor | Module"
                 self.add_module(f"gsm_{conv}", make_slot_module(name, out_channels))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Features of frames: [N, 3, H, W] to [N, 2048]."""
+        return pass_slots(self, x_NCHW)
+
+    def stem(self, x_NCHW: Tensor) -> Tensor:
+        """See `Slotted`; the map is about an eighth of the frame."""
         x = x_NCHW
         for name, *_ in _STEM:
             x = self._unit(name, x)
             if name in ("conv_2", "conv_4"):
                 x = functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-        for name, block in BLOCKS.items():
-            x = self._block(name, block, x)
-        return x.mean(dim=(2, 3))
+        return x
+
+    def before(self, slot: str, x_NCHW: Tensor) -> tuple[Tensor, Rest]:
+        """See `Slotted`; the rest are the other branches in their order."""
+        block, z, others = BLOCKS[slot], x_NCHW, list[Tensor]()
+        for units in block.branches:
+            if units[0].name == _slot_unit(slot):
+                z = self.get_submodule(f"{slot}_{units[0].name}_Conv2D")(x_NCHW)
+            else:
+                others += self._branch(slot, block, units, x_NCHW)
+        return z, (*others, self._pool(slot, block, x_NCHW))
+
+    def slot_module(self, slot: str) -> nn.Module | None:
+        """See `Slotted`."""
+        return self._modules.get(f"gsm_{slot}_{_slot_unit(slot)}_Conv2D")
+
+    def after(self, slot: str, z_NCHW: Tensor, rest: Rest) -> Tensor:
+        """See `Slotted`; the block without a slot goes with the one before it."""
+        x = self._join(slot, z_NCHW, rest)
+        return self._join(_WITHOUT_SLOT, *self.before(_WITHOUT_SLOT, x)) if slot == _BEFORE_IT else x
+
+    def head(self, x_NCHW: Tensor) -> Tensor:
+        """See `Slotted`."""
+        return x_NCHW.mean(dim=(2, 3))
 
     def _add_block(self, name: str, block: _Block, in_channels: int) -> int:
         """Add the units of a block; returns the channels of its output."""
@@ -193,20 +218,27 @@ class InceptionV3(nn.Module):
             self._add_unit(f"{name}_tower_2_conv", in_channels, block.proj, kernel=(1, 1), stride=1, padding=(0, 0))
         return total + (block.proj or in_channels)
 
-    def _block(self, name: str, block: _Block, x: Tensor) -> Tensor:
-        outputs = []
-        for units in block.branches:
-            num_chained = _num_chained(block, units)
-            branch = x
-            for unit in units[:num_chained]:
-                branch = self._unit(f"{name}_{unit.name}", branch)
-            outputs += [self._unit(f"{name}_{unit.name}", branch) for unit in units[num_chained:]] or [branch]
+    def _join(self, name: str, z: Tensor, rest: Rest) -> Tensor:
+        """The output of a block: the branch with the slot from there on, at its place among the others."""
+        branches = BLOCKS[name].branches
+        place = next(place for place, units in enumerate(branches) if units[0].name == _slot_unit(name))
+        first, *others = branches[place]
+        gated = self._norm(f"{name}_{first.name}", z)
+        for unit in others:
+            gated = self._unit(f"{name}_{unit.name}", gated)
+        return torch.cat((*rest[:place], gated, *rest[place:]), dim=1)
+
+    def _branch(self, name: str, block: _Block, units: tuple[_Unit, ...], x: Tensor) -> list[Tensor]:
+        num_chained = _num_chained(block, units)
+        for unit in units[:num_chained]:
+            x = self._unit(f"{name}_{unit.name}", x)
+        return [self._unit(f"{name}_{unit.name}", x) for unit in units[num_chained:]] or [x]
+
+    def _pool(self, name: str, block: _Block, x: Tensor) -> Tensor:
         if block.pool == "halve":
-            outputs.append(functional.max_pool2d(x, kernel_size=3, stride=2))
-        else:
-            pooled = average_3x3(x) if block.pool == "avg" else functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-            outputs.append(self._unit(f"{name}_tower_2_conv", pooled))
-        return torch.cat(outputs, dim=1)
+            return functional.max_pool2d(x, kernel_size=3, stride=2)
+        pooled = average_3x3(x) if block.pool == "avg" else functional.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+        return self._unit(f"{name}_tower_2_conv", pooled)
 
     def _add_unit(
         self, name: str, in_channels: int, out_channels: int, *, kernel: tuple[int, int], stride: int, padding: tuple[int, int]
@@ -219,12 +251,17 @@ class InceptionV3(nn.Module):
         self.add_module(f"{name}_batchnorm", nn.BatchNorm2d(out_channels))
 
     def _unit(self, name: str, x: Tensor) -> Tensor:
-        """Convolution, the slot's module if there is one, batch norm, ReLU."""
-        x = self.get_submodule(f"{name}_Conv2D")(x)
-        slot_module = self._modules.get(f"gsm_{name}_Conv2D")
-        if slot_module is not None:
-            x = slot_module(x)
+        """Convolution, batch norm, ReLU."""
+        return self._norm(name, self.get_submodule(f"{name}_Conv2D")(x))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        """The unit without its convolution."""
         return functional.relu(self.get_submodule(f"{name}_batchnorm")(x), inplace=True)
+
+
+def _slot_unit(name: str) -> str:
+    """The unit behind whose convolution the slot of a block lies: its first 1 x 1 convolution."""
+    return "tower_conv" if BLOCKS[name].pool == "halve" else "conv"
 
 
 def _num_chained(block: _Block, units: tuple[_Unit, ...]) -> int:

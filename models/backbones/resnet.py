@@ -16,12 +16,13 @@ it is:
   its weights do not load here.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from models.backbones.bn_inception import MakeSlotModule
+from models.backbones.slotted import Rest
 
 _BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """depth -> number of residual blocks of layer1 to layer4."""
@@ -73,6 +74,35 @@ class ResNet(nn.Module):
             x = child(x)
         return x.flatten(1)
 
+    def stem(self, x_NCHW: Tensor) -> Tensor:
+        """See `Slotted`; the map is a quarter of the frame."""
+        x = x_NCHW
+        for name in ("conv1", "bn1", "relu", "maxpool"):
+            x = self.get_submodule(name)(x)
+        return x
+
+    def before(self, slot: str, x_NCHW: Tensor) -> tuple[Tensor, Rest]:
+        """See `Slotted`; the rest is the skip connection."""
+        z, skip = self._block(slot).before(x_NCHW)
+        return z, (skip,)
+
+    def slot_module(self, slot: str) -> nn.Module | None:
+        """See `Slotted`."""
+        module: nn.Module = self._block(slot).gsm
+        return module
+
+    def after(self, slot: str, z_NCHW: Tensor, rest: Rest) -> Tensor:
+        """See `Slotted`."""
+        return self._block(slot).after(z_NCHW, *rest)
+
+    def head(self, x_NCHW: Tensor) -> Tensor:
+        """See `Slotted`."""
+        pooled: Tensor = self.get_submodule("avgpool")(x_NCHW)
+        return pooled.flatten(1)
+
+    def _block(self, slot: str) -> "_BasicBlock | _Bottleneck":
+        return cast("_BasicBlock | _Bottleneck", self.get_submodule(slot))
+
 
 def resnet_slots(depth: int) -> tuple[str, ...]:
     """The names of the residual blocks, in the order in which a frame passes them.
@@ -89,7 +119,21 @@ def resnet_slots(depth: int) -> tuple[str, ...]:
     return tuple(f"layer{layer}.{index}" for layer, count in enumerate(_BLOCKS[depth], start=1) for index in range(count))
 
 
-class _BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # "has type Any": torchvision has no types
+class _Slot:
+    """What both kinds of block have: a slot between `before`, which is the same for both, and `after`."""
+
+    def before(self: Any, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the slot, and the skip connection."""
+        skip = x_NCHW if self.downsample is None else self.downsample(x_NCHW)
+        return self.conv1(self.branch_input(x_NCHW)), skip
+
+    def forward(self: Any, x_NCHW: Tensor) -> Tensor:
+        z, skip = self.before(x_NCHW)
+        result: Tensor = self.after(self.gsm(z), skip)
+        return result
+
+
+class _BasicBlock(_Slot, resnet.BasicBlock):  # type: ignore[misc]  # "has type Any": torchvision has no types
     """torchvision's block with its slot; without modules in the slot, the same function."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -97,16 +141,15 @@ class _BasicBlock(resnet.BasicBlock):  # type: ignore[misc]  # "has type Any": t
         self.branch_input = nn.Identity()
         self.gsm = nn.Identity()
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        identity = x_NCHW if self.downsample is None else self.downsample(x_NCHW)
-        out = self.relu(self.bn1(self.gsm(self.conv1(self.branch_input(x_NCHW)))))
-        out = self.bn2(self.conv2(out))
-        out += identity
+    def after(self, z_NCHW: Tensor, skip: Tensor) -> Tensor:
+        """From what left the slot."""
+        out = self.bn2(self.conv2(self.relu(self.bn1(z_NCHW))))
+        out += skip
         result: Tensor = self.relu(out)
         return result
 
 
-class _Bottleneck(resnet.Bottleneck):  # type: ignore[misc]  # "has type Any": torchvision has no types
+class _Bottleneck(_Slot, resnet.Bottleneck):  # type: ignore[misc]  # "has type Any": torchvision has no types
     """torchvision's block with its slot; without modules in the slot, the same function."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -114,11 +157,10 @@ class _Bottleneck(resnet.Bottleneck):  # type: ignore[misc]  # "has type Any": t
         self.branch_input = nn.Identity()
         self.gsm = nn.Identity()
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        identity = x_NCHW if self.downsample is None else self.downsample(x_NCHW)
-        out = self.relu(self.bn1(self.gsm(self.conv1(self.branch_input(x_NCHW)))))
-        out = self.relu(self.bn2(self.conv2(out)))
+    def after(self, z_NCHW: Tensor, skip: Tensor) -> Tensor:
+        """From what left the slot."""
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(z_NCHW)))))
         out = self.bn3(self.conv3(out))
-        out += identity
+        out += skip
         result: Tensor = self.relu(out)
         return result

@@ -91,6 +91,11 @@ class GateShift(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Gate, shift, and pass on to `attn`; see the class."""
+        z_NCHW: Tensor = self.attn(self.shift(x_NCHW))
+        return z_NCHW
+
+    def shift(self, x_NCHW: Tensor) -> Tensor:
+        """Z of the equations, which `attn` gets; [N, C, H, W] in and out."""
         num_frames, channels, height, width = x_NCHW.shape
         if num_frames % self.num_segments:
             raise ValueError(f"{num_frames} frames are no whole number of clips of {self.num_segments} segments")
@@ -99,8 +104,7 @@ class GateShift(nn.Module):
         z_NCHW = z_BTGCHW.flatten(2, 3).flatten(0, 1)
         if self.interleave:
             z_NCHW = z_NCHW.view(-1, 2, 2, channels // 4, height, width).transpose(2, 3).flatten(1, 3)
-        z: Tensor = self.attn(z_NCHW.contiguous(memory_format=_layout(x_NCHW)))
-        return z
+        return z_NCHW.contiguous(memory_format=_layout(x_NCHW))
 
 
 class _Shift(torch.autograd.Function):

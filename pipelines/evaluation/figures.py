@@ -42,7 +42,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], label_names: 
     counts = np.asarray(confusion)
     num_classes = len(label_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = _new_figure(height=8.4)
+    figure = new_figure(height=8.4)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the true class")
@@ -57,7 +57,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], label_names: 
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.5 else _INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9, color=colour)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], chance: float | None = None) -> Path:
@@ -68,7 +68,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], chance: float 
         history: epochs as `EpochMetrics.to_json` gives them.
         chance: top-1 of guessing, drawn as a line.
     """
-    figure = _new_figure(height=6.4)
+    figure = new_figure(height=6.4)
     (loss, top1), (learning_rate, gamma) = figure.subplots(2, 2)
     for axes, title, name in ((loss, "loss", "loss"), (top1, "top-1, %", "top1")):
         scale = 100 if name == "top1" else 1
@@ -89,7 +89,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], chance: float 
         _tick_whole_numbers(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8, ncols=2 if axes is gamma else 1)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
@@ -99,7 +99,7 @@ def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
         path: of the PNG.
         trials: rows of `tuning.leaderboard`, best first.
     """
-    figure = _new_figure(height=max(3.8, 1.4 + 0.26 * min(len(trials), _MAX_TRIAL_ROWS)))
+    figure = new_figure(height=max(3.8, 1.4 + 0.26 * min(len(trials), _MAX_TRIAL_ROWS)))
     scatter, grid = figure.subplots(1, 2, width_ratios=(1, 1.15))
     for state, colour in _STATE_COLOURS.items():
         points = [(row["trial"], 100 * row["top1"]) for row in trials if row["state"] == state and row["top1"] is not None]
@@ -126,12 +126,12 @@ def draw_search(path: Path, trials: Sequence[Mapping[str, Any]]) -> Path:
     grid.tick_params(length=0)
     grid.set_title("slots with attention, best trial on top")
     grid.spines[:].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_histogram(path: Path, values: Sequence[int], title: str) -> Path:
     """Draw how often which whole number occurs; bars are a number wide, or wider where there are many."""
-    figure = _new_figure(height=2.8)
+    figure = new_figure(height=2.8)
     axes = figure.subplots()
     low, high = min(values, default=0), max(values, default=0)
     width = -(-(high - low + 1) // _MAX_BARS)
@@ -139,7 +139,7 @@ def draw_histogram(path: Path, values: Sequence[int], title: str) -> Path:
     _tick_whole_numbers(axes)
     axes.set_title(title)
     axes.set_ylabel("videos")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArray[np.uint8]]]]) -> Path:
@@ -168,11 +168,13 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
     return path
 
 
-def _new_figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """A white figure as wide as all pictures of a page; height in inches of 100 pixels."""
     return Figure(figsize=(WIDTH_PIXELS / _DPI, height), dpi=_DPI, layout="constrained", facecolor="white")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, atomically; charts with a title get no frame."""
     for axes in figure.axes:
         if axes.get_title():
             axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,9 @@ two networks is pooled. It includes a little of the clips' noise, so that interv
 single seed there is nothing to go by: the interval then covers the clips alone, and the words say so.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,33 @@ of seeds is not known.'
         if self.num_seeds == 1:
             return f"{found}: {word} the noise of clips; one seed each, so that the noise of seeds is not known."
         return f"{found}: {word} the noise of clips and of {self.num_seeds} seeds."
+
+
+def read_hits(scores: Mapping[str, Path]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Whether each labelled clip is right, by training: bool [N], clips in the order of their keys.
+
+    Args:
+        scores: for each training, by a name for messages, the `scores.parquet` that `Scores.save` wrote.
+
+    Raises:
+        PipelineError: if they are not of the same clips.
+    """
+    import pyarrow.parquet as pq
+
+    hits: dict[str, npt.NDArray[np.bool_]] = {}
+    first_clips: list[Any] | None = None
+    for name, path in scores.items():
+        table = pq.read_table(path).sort_by("key")
+        table = table.filter(table["label"].is_valid())
+        clips = [table["key"].to_pylist(), table["label"].to_pylist()]
+        first_clips = first_clips or clips
+        if clips != first_clips:
+            raise PipelineError(
+                f"{name} was judged on other clips or labels than {next(iter(hits))}: found {table.num_rows}, expected the "
+                f"same {len(first_clips[0])}; run them in one --workdir"
+            )
+        hits[name] = np.stack(table["scores"].to_numpy()).argmax(axis=1) == np.array(clips[1])
+    return hits
 
 
 def top1_interval(hits: Hits) -> tuple[float, float]:

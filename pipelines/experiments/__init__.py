@@ -14,11 +14,14 @@ from pipelines.experiments.compare import compare
 from pipelines.experiments.demo import demo
 from pipelines.experiments.diving48 import diving48, diving48_rates, diving48_smoke
 from pipelines.experiments.folder import folder
+from pipelines.experiments.placement import placement, placement_supernet
 from pipelines.experiments.something_v1 import something_v1, something_v1_smoke
 
 _ALL: tuple[Callable[[], ExperimentConfig | Comparison], ...] = (
     demo,
     compare,
+    placement,
+    placement_supernet,
     something_v1,
     something_v1_smoke,
     curves,

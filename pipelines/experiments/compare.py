@@ -27,7 +27,7 @@ def compare() -> Comparison:
         shards=ShardSettings(videos_per_shard=64),
         search=SearchSettings(num_trials=0),
         model=ModelSettings(dropout=0.0),
-        train=TrainSettings(epochs=13, batch_size=8, learning_rate=0.01, warmup_epochs=1.0, pixels=48, num_segments=4),
+        train=TrainSettings(epochs=12, batch_size=8, learning_rate=0.015, warmup_epochs=2.0, pixels=48, num_segments=4),
     )
     methods = ("tsn", "tsm", "gsm", "sa_gsm")
     return Comparison(

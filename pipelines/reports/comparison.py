@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
-from infra.errors import PipelineError
 from infra.storage import write_json
 from models import describe_model, model_options
 from pipelines.artifacts import Artifact
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.comparison_figures import draw_top1, draw_variant_curves
-from pipelines.evaluation.significance import Hits, difference, top1_interval
+from pipelines.evaluation.significance import Hits, difference, read_hits, top1_interval
 from pipelines.reports.page import data_uri, percent, write_page
 
 if TYPE_CHECKING:
@@ -126,20 +124,10 @@ def write_comparison(
 
 def _read_hits(trained: Sequence["Trained"]) -> dict[str, Hits]:
     """Whether each clip is right, by variant: bool [S, N], clips in the order of their keys."""
+    found = read_hits({item.training.label: item.evaluate.path / "scores.parquet" for item in trained})
     rows: dict[str, list[npt.NDArray[np.bool_]]] = {}
-    first_clips: list[Any] | None = None
     for item in trained:
-        table = pq.read_table(item.evaluate.path / "scores.parquet").sort_by("key")
-        table = table.filter(table["label"].is_valid())
-        clips = [table["key"].to_pylist(), table["label"].to_pylist()]
-        first_clips = first_clips or clips
-        if clips != first_clips:
-            raise PipelineError(
-                f"{item.training.label} was judged on other clips or labels than {trained[0].training.label}: found "
-                f"{table.num_rows}, expected the same {len(first_clips[0])}; run the comparison in one --workdir"
-            )
-        scores = np.stack(table["scores"].to_numpy())
-        rows.setdefault(item.training.variant, []).append(scores.argmax(axis=1) == np.array(clips[1]))
+        rows.setdefault(item.training.variant, []).append(found[item.training.label])
     return {name: np.stack(hits) for name, hits in rows.items()}
 
 

@@ -83,8 +83,8 @@ def train_job(
     torch.manual_seed(job.train.seed)
     return train(
         build_model(job.model, num_classes=len(names), num_segments=job.train.num_segments, label_names=names),
-        _loader(job, train_split, is_train=True, rank=rank, world_size=world_size),
-        _loader(job, val_split, is_train=False, rank=rank, world_size=world_size),
+        job_loader(job, train_split, is_train=True, rank=rank, world_size=world_size),
+        job_loader(job, val_split, is_train=False, rank=rank, world_size=world_size),
         job.train,
         checkpoint_dir=checkpoint_dir,
         device=device,
@@ -183,8 +183,8 @@ def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings"
     return scores.summarise(shards.label_names)
 
 
-def _loader(job: TrainJob, shards: ShardSplit, *, is_train: bool, rank: int, world_size: int) -> Loader:
-    """A batch is a rank's part of an optimiser step, or some of its validation clips."""
+def job_loader(job: TrainJob, shards: ShardSplit, *, is_train: bool, rank: int, world_size: int) -> Loader:
+    """The clips of one rank: a batch is its part of an optimiser step, or some of its validation clips."""
     settings = job.train
     return make_loader(
         shards,

@@ -36,7 +36,7 @@ from pipelines.training.optim import learning_rate_at
 from pipelines.training.resume import gather_ledger, ledger_for, resume, save, sums_for
 from pipelines.training.run import ClipLoader, Run, set_up
 from pipelines.training.settings import TrainSettings
-from pipelines.training.step import any_rank, take_step
+from pipelines.training.step import any_rank, attend_everywhere, take_step
 from pipelines.training.validation import validate
 from pipelines.training.watch import Stopwatch, attention_gammas, dead_gates, gate_norms, peak_memory_bytes
 from preprocessing.clip_ledger import ClipLedger
@@ -188,6 +188,8 @@ def _measure_epoch(run: Run, val_loader: ClipLoader, progress: Progress) -> Epoc
     watch = Stopwatch(progress.seconds, progress.waited)
     settings, model = run.settings, run.state.model
     dead = dead_gates(model, run.state.optimizer, run.start, gamma_is_frozen=settings.compat.freeze_gamma)
+    if settings.random_placement:
+        attend_everywhere(run)
     is_due = (progress.epoch + 1) % settings.validate_every_epochs == 0 or progress.epoch + 1 == settings.epochs
     val, gates = validate(run, val_loader, progress.epoch) if is_due else (None, {})
     trained = Sums(run.device, progress.sums[run.rank]).means()

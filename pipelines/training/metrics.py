@@ -32,10 +32,11 @@ class Sums:
 
         Args:
             losses: of each clip. Shape: [B].
-            logits: Shape: [B, num_classes]; with fewer than five classes every clip is a top-5 hit.
+            logits: Shape: [B, num_classes]; of equal ones the first class counts as the higher, as in evaluation; with fewer
+                than five classes every clip is a top-5 hit.
             labels: int64. Shape: [B].
         """
-        best = logits.detach().topk(min(TOP5, logits.shape[1]), dim=1).indices
+        best = logits.detach().argsort(dim=1, descending=True, stable=True)[:, :TOP5]  # topk takes any of equal ones
         hits = best == labels[:, None]
         batch = (losses.detach().sum(dtype=torch.float64), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)))
         self._values += torch.stack([value.to(self._values) for value in batch])

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from infra.cluster import describe_use, node_resources
+from infra.cluster import describe_use, node_resources, reclaim_reservations
 from infra.errors import ClusterError
 from pipelines.training.settings import TrainSettings
 
@@ -68,8 +68,12 @@ def count_places(plan: WorkerPlan, nodes: Sequence[Mapping[str, float]]) -> int:
     return sum(min(int(node.get(name, 0) // amount) for name, amount in plan.bundle.items()) for node in nodes)
 
 
-def find_room(settings: TrainSettings, say: Callable[[str], None], *, is_restart: bool) -> WorkerPlan:
+def find_room(
+    settings: TrainSettings, say: Callable[[str], None], *, is_restart: bool, fixed: WorkerPlan | None = None
+) -> WorkerPlan:
     """The largest plan for which there is room now; waits `settings.wait_seconds` for it, and then takes fewer CPUs a worker.
+
+    With `fixed` it is that plan, with no CPU less.
 
     Raises:
         ClusterError: if there is none. At the first start also at once, if it could not even hold on an idle cluster; later,
@@ -80,7 +84,7 @@ def find_room(settings: TrainSettings, say: Callable[[str], None], *, is_restart
         seconds = time.monotonic() - started
         is_last = seconds >= settings.wait_seconds
         try:
-            plan = plan_workers(settings.num_workers, node_resources(), settings.min_workers)
+            plan = fixed or plan_workers(settings.num_workers, node_resources(), settings.min_workers)
         except ClusterError as error:
             if not is_restart or is_last:
                 raise
@@ -89,14 +93,16 @@ def find_room(settings: TrainSettings, say: Callable[[str], None], *, is_restart
             continue
         least = min(settings.min_workers or plan.num_workers, plan.num_workers)
         accepted = least if is_last or seconds >= _SECONDS_FOR_ALL else plan.num_workers
-        for cpus in range(plan.cpus, 0 if is_last else plan.cpus - 1, -1):
+        for cpus in range(plan.cpus, 0 if is_last and fixed is None else plan.cpus - 1, -1):
             narrow = replace(plan, cpus=cpus)
             count = min(count_places(narrow, node_resources(free=True)), plan.num_workers)
             if count >= accepted:
                 return replace(narrow, num_workers=count)
+        reclaim_reservations()
         if is_last:
+            wanted = fixed or replace(plan, num_workers=least, cpus=1)
             raise ClusterError(
-                f"training asks for {replace(plan, num_workers=least, cpus=1)}, and the cluster had no room for them within "
+                f"training asks for {wanted}, and the cluster had no room for them within "
                 f"train.wait_seconds={settings.wait_seconds:g}: {describe_use()}. "
                 "End what holds it, or lower train.num_workers"
             )

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from infra.errors import ConfigError
 from infra.storage import sha256_json
+from models import attention_slots
 from pipelines.training.batch_norm import prepare_norms
 from pipelines.training.checkpoint import State
 from pipelines.training.optim import build_optimizer
@@ -25,13 +26,13 @@ from pipelines.training.watch import freeze_gammas, gates_of
 if TYPE_CHECKING:
     from preprocessing.loader import Batch
 
-# What does not change the numbers, or does so by rounding only: a run may go on with other values of these.
-_OPERATIONAL = frozenset(
+OPERATIONAL = frozenset(
     {
         *("num_workers", "min_workers", "wait_seconds", "local", "checkpoints"),
         *("loader_threads", "checkpoint_every_steps", "max_failures", "shard_cache", "shard_cache_bytes"),
     }
 )
+"""What does not change the numbers, or does so by rounding only: a run may go on with other values of these."""
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def set_up(
     """Move the network to its device, freeze what is to be frozen, and make optimiser, average and scaler.
 
     Raises:
-        ConfigError: if a setting is not possible on this device or with several workers.
+        ConfigError: if a setting is not possible on this device, with this network or with several workers.
         PipelineError: if a trainable tensor is in no optimiser group or in several.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -121,13 +122,18 @@ def set_up(
             f"train.compat.clip_each_micro_batch with {world_size} workers: no worker has the whole gradient before its last "
             "micro batch, and the published code has one process; set train.num_workers=1"
         )
+    if settings.random_placement and not attention_slots(model):  # type: ignore[arg-type]  # VideoClassifier
+        raise ConfigError(
+            "train.random_placement needs a network with attention, and this one has none; set model.name to an SA-GSM network "
+            "and model.placement=all"
+        )
     model.to(device)
     prepare_norms(model, settings.batch_norm, device)
     if settings.compat.freeze_gamma:
         freeze_gammas(model)
     precision = resolve_precision(settings.precision, device)
     tensors = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in model.state_dict().items()}
-    train = settings.model_dump(mode="json", exclude=set(_OPERATIONAL)) | {"precision": precision}
+    train = settings.model_dump(mode="json", exclude=set(OPERATIONAL)) | {"precision": precision}
     average = None
     if settings.ema_decay is not None:
         mean = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -156,7 +162,10 @@ def set_up(
 def _make_network(model: nn.Module, settings: TrainSettings, world_size: int) -> nn.Module:
     """What training steps call: `model` itself, compiled and wrapped as asked for; its tensors stay those of `model`."""
     network: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]  # a Module if given one
-    return DistributedDataParallel(network) if world_size > 1 else network
+    if world_size == 1:
+        return network
+    # The attention that a step leaves out has no gradient on any rank; so it stays None, as on one rank.
+    return DistributedDataParallel(network, find_unused_parameters=settings.random_placement)
 
 
 def _make_mix(model: nn.Module, settings: TrainSettings) -> nn.Module | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from infra.errors import ConfigError
-from infra.settings import Settings
+from infra.settings import Settings, apply_overrides
 from models import (
     SLOTS,
     VideoClassifier,
@@ -175,6 +175,9 @@ class TrainSettings(Settings):
         checkpoint_every_steps: steps between checkpoints; 0 writes one at each epoch's end only (which is always written).
         max_failures: how many lost workers a run survives.
         validate_every_epochs: the last epoch is always validated.
+        random_placement: switch attention on in a random subset of its slots in each step, every subset equally likely, so that
+            the weights serve all placements (a supernet; see `supernet.py`); a slot that is left out is not trained in that
+            step, by momentum and decay neither. Validation has attention in all its slots. SA-GSM only.
         subset: train on this many clips only, the first of the index; None for all.
         compat: what the published code does otherwise.
     """
@@ -221,6 +224,7 @@ class TrainSettings(Settings):
     checkpoint_every_steps: int = Field(default=0, ge=0)
     max_failures: int = Field(default=3, ge=0)
     validate_every_epochs: int = Field(default=1, ge=1)
+    random_placement: bool = False
     subset: int | None = Field(default=None, ge=1)
     compat: CompatSettings = CompatSettings()
 
@@ -249,7 +253,16 @@ class TrainSettings(Settings):
                 f"precise_bn_batches is {self.precise_bn_batches}, but batch_norm={self.batch_norm} keeps statistics as they "
                 "are; set one of the two back"
             )
+        if self.random_placement and (self.compile or self.compat.freeze_gamma):
+            other = "compile, which would compile each placement anew" if self.compile else "compat.freeze_gamma"
+            raise ValueError(f"random_placement does not go with {other}; set one of the two back")
         return self
+
+    def with_epochs(self, epochs: int) -> "TrainSettings":
+        """The same training, longer or shorter: the warm-up and the periods of SGDR keep their share of it."""
+        warmup, period = (value * epochs / self.epochs for value in (self.warmup_epochs, self.sgdr_period_epochs))
+        changes = {"epochs": epochs, "warmup_epochs": warmup, "sgdr_period_epochs": max(MIN_SGDR_PERIOD, period)}
+        return apply_overrides(self, changes)
 
 
 def build_model(

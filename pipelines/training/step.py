@@ -5,6 +5,7 @@ divided: each micro batch adds the sum of its losses over the number of clips of
 """
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torchvision import tv_tensors
 
 from infra.errors import PipelineError
+from models import attend_only, attention_slots
 from pipelines.training.metrics import Sums
 from pipelines.training.optim import learning_rate_at, set_learning_rate
 from pipelines.training.precision import autocast
@@ -23,6 +25,7 @@ from pipelines.training.run import Run
 if TYPE_CHECKING:
     from preprocessing.loader import Batch
 
+_BITS = 8
 _MAX_NAMED_CLIPS = 8
 _LEAST_LOSS_SCALE = 1.0  # a scaled loss below the loss itself: then it is not fp16's range that the gradient leaves
 
@@ -46,6 +49,8 @@ def take_step(run: Run, batch: "Batch", step: int, sums: Sums) -> Tensor:
     optimizer, scaler = run.state.optimizer, run.state.scaler
     set_learning_rate(optimizer, learning_rate_at(step, run.steps_per_epoch, run.settings))
     optimizer.zero_grad()
+    if run.settings.random_placement:
+        attend_only(run.state.model, placement_of_step(run.settings.seed, step, attention_slots(run.state.model)))  # type: ignore[arg-type]  # VideoClassifier
     losses = _accumulate_gradient(run, batch, sums)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.state.model.parameters(), run.settings.gradient_clip)
@@ -70,6 +75,25 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if dist.is_initialized():
         dist.all_reduce(vote, dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def placement_of_step(seed: int, step: int, slots: Sequence[str]) -> str:
+    """The slots that have attention in a step of `random_placement`: every subset of `slots` is equally likely.
+
+    A pure function, so that all ranks agree and a resumed training goes on with the same placements.
+
+    Example:
+        >>> [placement_of_step(0, step, ("3a", "4e", "5b")) for step in range(3)]
+        ['3a,5b', '5b', '4e']
+    """
+    digest = hashlib.blake2b(f"placement {seed} {step}".encode(), digest_size=-(-len(slots) // _BITS)).digest()
+    mask = int.from_bytes(digest)
+    return ",".join(slot for bit, slot in enumerate(slots) if mask >> bit & 1) or "none"
+
+
+def attend_everywhere(run: Run) -> None:
+    """Switch attention on in all slots in which the network has it."""
+    attend_only(run.state.model, ",".join(attention_slots(run.state.model)) or "none")  # type: ignore[arg-type]  # as above
 
 
 def _accumulate_gradient(run: Run, batch: "Batch", sums: Sums) -> Tensor:

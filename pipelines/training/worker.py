@@ -60,8 +60,10 @@ def train_on_cluster(
     *,
     storage_dir: Path,
     mirror: Folder | None = None,
+    plan: WorkerPlan | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     on_progress: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
     """Train on the Ray cluster to which this process is connected, going on from what an interrupted run left.
 
@@ -70,9 +72,12 @@ def train_on_cluster(
         storage_dir: for checkpoints, on a disk that all workers see, unless there is a `mirror`; made if it is missing. One
             training at a time.
         mirror: gets a copy of each checkpoint, from which training goes on where `storage_dir` has none.
+        plan: train with just these workers; None has as many as `job.train` says, with all the CPUs that the cluster has.
         on_epoch: called in this process, from a thread of its own, once for each epoch in order, soon after it ended. The
             epochs that an earlier, interrupted run had done come first.
         on_progress: told the steps, at most twice a second, and what is waited for.
+        should_stop: asked twice a second; when it says True, the workers write a checkpoint, end, and the result is not
+            `completed`.
 
     Raises:
         ClusterError: if the cluster cannot hold the workers, or others held it for longer than `train.wait_seconds`.
@@ -86,7 +91,7 @@ def train_on_cluster(
     listener = Listener(job.train.epochs, on_epoch, on_progress)
     board = _make_board()
     try:
-        result = _attempt_until_done(job, storage_dir, mirror, listener, board)
+        result = _attempt_until_done(job, storage_dir, mirror, plan, listener, board, should_stop or (lambda: False))
     finally:
         ray.kill(board)
         shutil.rmtree(storage_dir / _RAY, ignore_errors=True)
@@ -95,18 +100,26 @@ def train_on_cluster(
     return result
 
 
-def _attempt_until_done(job: TrainJob, storage_dir: Path, mirror: Folder | None, listener: Listener, board: Any) -> TrainResult:
+def _attempt_until_done(
+    job: TrainJob,
+    storage_dir: Path,
+    mirror: Folder | None,
+    fixed: WorkerPlan | None,
+    listener: Listener,
+    board: Any,
+    should_stop: Callable[[], bool],
+) -> TrainResult:
     import ray.train
 
     num_failures = num_failed_starts = 0
     result: TrainResult | None = None
     plan: WorkerPlan | None = None
-    while result is None or not result.completed:
-        plan = find_room(job.train, listener.say, is_restart=plan is not None)
+    while result is None or not (result.completed or should_stop()):
+        plan = find_room(job.train, listener.say, is_restart=plan is not None, fixed=fixed)
         _log.info("%s: %s", job.name, plan)
         listener.say(f"starting {plan}")
         try:
-            result = _attempt(job, plan, storage_dir, mirror, listener, board)
+            result = _attempt(job, plan, storage_dir, mirror, listener, board, should_stop)
             num_failed_starts = 0
         except ray.train.ControllerError as error:
             num_failed_starts += 1
@@ -131,7 +144,13 @@ def _attempt_until_done(job: TrainJob, storage_dir: Path, mirror: Folder | None,
 
 
 def _attempt(
-    job: TrainJob, plan: WorkerPlan, storage_dir: Path, mirror: Folder | None, listener: Listener, board: Any
+    job: TrainJob,
+    plan: WorkerPlan,
+    storage_dir: Path,
+    mirror: Folder | None,
+    listener: Listener,
+    board: Any,
+    should_stop: Callable[[], bool],
 ) -> TrainResult:
     """Train with these workers until the end, or until they were asked to stop."""
     import ray.train
@@ -139,9 +158,17 @@ def _attempt(
     must_resume = bool(listener.history) or any((storage_dir / CHECKPOINTS).glob("step-*"))
     config = {"job": job, "storage_dir": storage_dir, "mirror": mirror, "must_resume": must_resume}
     trainer = _make_trainer(job.name, plan, storage_dir, config | {"num_threads": plan.cpus, "board": board})
+    growth = _Growth(board, plan, job.train)
+
+    def look() -> None:
+        if should_stop():
+            board.ask_to_stop.remote()
+        else:
+            growth.look()
+
     ray.get(board.begin.remote())
     try:
-        with Watch(partial(_read_board, board), listener, _Growth(board, plan, job.train).look):
+        with Watch(partial(_read_board, board), listener, look):
             result: TrainResult = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         for cause in error.worker_failures.values():

@@ -20,7 +20,9 @@ ENGINES = {
         "preprocessing/tasks.py",
         "pipelines/training/worker.py",
         "pipelines/graph.py",
+        "tuning/process.py",
         "tuning/sampling.py",
+        "tuning/schedulers.py",
         "tuning/search.py",
     },
 }

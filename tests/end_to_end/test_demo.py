@@ -170,7 +170,7 @@ def kill_one_worker(process):
     """SIGKILL of a Ray worker that is doing our work."""
     names = (
         "ray::_write",
-        "ray::_run_trial",
+        "ray::run_objective",
         "ray::ImplicitFunc",
         "ray::RayTrainWorker",
         "ray::_RayTrainWorker",

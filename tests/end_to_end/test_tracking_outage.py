@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from infra.tracking_spool import encode
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 5
+EPOCHS = int(os.environ.get("SAGSM_TEST_EPOCHS", "12"))
+AWAY_SECONDS = float(os.environ.get("SAGSM_TEST_AWAY_SECONDS", "0"))  # 300 was run by hand, with 200 epochs
 SETTINGS = [
     "dataset.synthetic.num_train=16",
     "dataset.synthetic.num_validation=8",
@@ -40,8 +42,10 @@ def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterward
         wait_for(process, lambda: list((tmp_path / "store" / "train").glob("*.partial/checkpoints/step-*")))
         mlflow_server.kill()
         wait_for(process, lambda: "is away" in errors.read_text())
+        lost_at, in_epoch = time.monotonic(), epoch_of(errors)
+        wait_for(process, lambda: epoch_of(errors) >= in_epoch + 2 and time.monotonic() >= lost_at + AWAY_SECONDS)
         mlflow_server.start()
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=300 + AWAY_SECONDS)
     finally:
         process.kill()
         process.communicate()
@@ -61,8 +65,13 @@ def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterward
     assert mlflow_server.query("select value from tags where run_uuid = ? and key = 'left'", train) == [("over",)]
 
 
+def epoch_of(errors):
+    """Which epoch the progress last spoke of."""
+    return max(map(int, re.findall(r"epoch (\d+)/", errors.read_text())), default=0)
+
+
 def wait_for(process, condition):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 300 + AWAY_SECONDS
     while not condition():
         assert process.poll() is None, "the pipeline has ended too early"
         assert time.monotonic() < deadline

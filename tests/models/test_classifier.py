@@ -39,6 +39,17 @@ def test_a_backbone_of_whole_clips_needs_no_consensus():
     torch.testing.assert_close(model(clips), model.new_fc(clips.mean(dim=(1, 3, 4))))
 
 
+@pytest.mark.parametrize("consensus", [None, MultiScaleRelation(4, 5, frame_features=6)])
+def test_logits_keep_float32_under_autocast(consensus):
+    """In bfloat16 logits near 200 would be whole numbers, and classes would tie."""
+    model = small(consensus=consensus).eval()
+    torch.nn.init.constant_(model.get_parameter(model.class_tensors[-1]), 200.3)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.rand(1, 4, 3, 8, 8))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_a_relation_head_takes_the_place_of_the_mean():
     head = MultiScaleRelation(4, 5, frame_features=6)
     model = small(consensus=head).eval()

@@ -2,7 +2,7 @@ import functools
 
 import pytest
 
-from models import describe_model
+from models import describe_model, slot_macs
 
 MILLION = 10**6
 
@@ -90,3 +90,13 @@ def test_describing_says_nothing_of_random_weights(caplog):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="'9z' is not a slot"):
         facts(placement="9z")
+
+
+@pytest.mark.parametrize("network", ["sa_gsm_bn_inception", "sa_gsm_resnet18"])
+@pytest.mark.parametrize("scope", ["frame", "joint"])
+def test_a_placement_costs_the_sum_of_its_slots(network, scope):
+    base, added = slot_macs(network, 8, 4, pixels=64, scope=scope)
+    slots = list(added)
+    for placement in ((), (slots[0],), (slots[1], slots[-1]), tuple(slots)):
+        facts = describe_model(network, 8, 4, pixels=64, scope=scope, placement=",".join(placement) or "none")
+        assert facts.macs_per_clip == base + sum(added[slot] for slot in placement)

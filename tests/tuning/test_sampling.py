@@ -1,25 +1,21 @@
-"""Tests of what is tried next: how well placements are found, repeats, grids, exhaustion, and equal seeds. No cluster needed."""
+"""What is tried next: how well placements are found, repeats, grids, exhaustion, and equal seeds; no cluster needed."""
 
 import itertools
-from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import optuna
-import pytest
 
 from models import SLOTS, parse_placement
-from tuning.sampling import NUMBER, OVERRIDES, Searcher, next_trial
-from tuning.settings import Choice, Range, SearchSettings
-from tuning.space import LEARNING_RATE, PLACEMENT, key_of, search_space
+from tuning.sampling import next_trial
+from tuning.settings import SearchSettings
+from tuning.space import PLACEMENT, search_space
 from tuning.trials import (
+    STUDY_NAME,
     end_trial,
     open_storage,
     overrides_in,
     prepare_study,
-    read_records,
     report_epoch,
-    settle_interrupted,
 )
 
 PLACEMENTS = np.array(list(itertools.product((0, 1), repeat=len(SLOTS))))
@@ -88,3 +84,24 @@ def num_found(sampler, num_seeds=10, num_trials=120):
 def test_tpe_finds_the_best_of_1024_placements_in_120_trials_and_random_search_does_not():
     assert num_found("tpe") >= 9
     assert num_found("random") <= 4
+
+
+def found_in_sessions(folder, changed, sessions):
+    """What is tried, one trial at a time, when the study is opened anew for each of the sessions."""
+    folder.mkdir()
+    found = []
+    for num_trials in sessions:
+        with open_storage(folder) as storage:
+            study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+            prepare_study(study, changed, search_space(changed))
+            found += simulate(study, changed, num_slots, num_trials)
+    return found
+
+
+def test_equal_seeds_give_equal_trials_however_often_the_search_is_resumed(tmp_path):
+    whole = found_in_sessions(tmp_path / "whole", settings(), [14])
+    assert found_in_sessions(tmp_path / "resumed", settings(), [3, 1, 10]) == whole
+    other = found_in_sessions(tmp_path / "other", settings(seed=1), [5])
+    assert other[:3] == whole[:3]
+    assert other[3:5] != whole[3:5]
+    assert len({str(point) for point in whole}) == 14

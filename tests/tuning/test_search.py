@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -19,10 +18,9 @@ from ray import cloudpickle
 
 from infra.errors import ClusterError, PipelineError
 from models.placement import parse_placement
-from tuning.search import _scheduler, _Searcher, run_search
+from tuning.search import run_search
 from tuning.settings import SearchSettings
-from tuning.space import overrides_of
-from tuning.trials import TrialRecord, end_trial, open_storage, prepare_study
+from tuning.trials import TrialRecord, open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,8 +117,8 @@ def test_if_all_fail_the_first_cause_is_shown_and_a_later_run_tries_again(cluste
         run_search(partial(objective, faults={0: "raise", 1: "raise"}), settings(), storage_dir=tmp_path)
     result = run_search(objective, settings(), storage_dir=tmp_path)
     assert [(record.number, record.placement, record.state) for record in result.trials] == [
-        (2, "none", "completed"),
-        (3, "all", "completed"),
+        (2, "5a,5b", "completed"),
+        (3, "none", "completed"),
     ]
 
 
@@ -139,8 +137,7 @@ def test_an_error_of_the_callback_stops_the_search_and_costs_no_finished_trial(c
     seen.clear()
     result = run_search(objective, settings(num_trials=3), storage_dir=tmp_path, on_event=seen.append)
     assert (seen[0].kind, seen[0].number, seen[0].state) == ("ended", 1, "interrupted")
-    assert [(record.number, record.placement) for record in result.trials][:2] == [(0, "none"), (2, "all")]
-    assert len(result.trials) == 3
+    assert [(record.number, record.placement) for record in result.trials] == [(0, "none"), (2, "5a,5b"), (3, "all")]
     assert "RUNNING" not in optuna_states(tmp_path)
 
 
@@ -155,58 +152,29 @@ def test_early_stopping_spares_epochs(cluster, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "asked"), [({"cpus_per_trial": 3}, "3 CPUs and 0 GPUs"), ({"gpus_per_trial": 0.5}, "1 CPUs and 0.5 GPUs")]
+    ("changes", "asked", "advice"),
+    [
+        ({"cpus_per_trial": 3}, "3 CPUs and 0 GPUs on one node", "lower search.cpus_per_trial to 2"),
+        ({"gpus_per_trial": 0.5}, "1 CPUs and 0.5 GPUs on one node", "lower search.gpus_per_trial to 0"),
+        (
+            {"workers_per_trial": 3},
+            "3 workers with 1 CPUs and 0 GPUs each, a worker on one node",
+            "lower search.workers_per_trial to 2, or search.cpus_per_trial",
+        ),
+    ],
 )
-def test_a_trial_that_does_not_fit_is_refused_at_once(cluster, tmp_path, changes, asked):
+def test_a_trial_that_does_not_fit_is_refused_at_once(cluster, tmp_path, changes, asked, advice):
+    started = time.monotonic()
     with pytest.raises(ClusterError) as caught:
         run_search(objective, settings(**changes), storage_dir=tmp_path)
-    assert str(caught.value) == (
-        f"a trial asks for {asked} on one node; the nodes of the cluster have 2 CPUs and 0 GPUs; "
-        "lower search.cpus_per_trial or search.gpus_per_trial"
-    )
+    assert str(caught.value) == f"a trial asks for {asked}; the nodes of the cluster have 2 CPUs and 0 GPUs; {advice}"
+    assert time.monotonic() - started < 30
 
 
 def test_no_trials_search_nothing(tmp_path):
     result = run_search(objective, settings(num_trials=0), storage_dir=tmp_path)
     assert (result.trials, result.best, result.overrides) == ([], None, {})
     assert list(tmp_path.iterdir()) == []
-
-
-def suggestions(folder, changed, sessions):
-    """What the searcher suggests, one trial at a time, reopened for each of the sessions."""
-    folder.mkdir()
-    points = []
-    for num_trials in sessions:
-        with open_storage(folder) as storage:
-            searcher = _Searcher(storage, changed)
-            prepare_study(searcher.study, changed)
-            for name in map(str, range(num_trials)):
-                point = searcher.suggest(name)
-                trial = searcher.optuna_trial(SimpleNamespace(trial_id=name))
-                trial.report(score(overrides_of(point), 1), 1)
-                end_trial(searcher.study, trial, "completed", 1.0)
-                points.append(overrides_of(point))
-    return points
-
-
-def test_equal_seeds_give_equal_trials_however_often_the_search_is_resumed(tmp_path):
-    changed = settings(placement="booleans")
-    whole = suggestions(tmp_path / "whole", changed, [14])
-    assert suggestions(tmp_path / "resumed", changed, [3, 1, 10]) == whole
-    other = suggestions(tmp_path / "other", settings(placement="booleans", seed=1), [4])
-    assert other[:2] == whole[:2]
-    assert other[2:4] != whole[2:4]
-    assert len({str(point) for point in whole}) == 14
-
-
-def test_the_scheduler_of_a_resumed_search_knows_the_earlier_trials():
-    changed = settings(max_epochs=9, grace_epochs=1, reduction_factor=3)
-    good = TrialRecord(0, {}, "5b", 1, 0.01, 0.9, [0.9, 0.8], 2, "completed", 1.0, "")
-    for records, decision in (([], "CONTINUE"), ([good], "STOP")):
-        scheduler = _scheduler(changed, records)
-        trial = SimpleNamespace(trial_id="new")
-        scheduler.on_trial_add(None, trial)
-        assert scheduler.on_trial_result(None, trial, {"training_iteration": 1, "best": 0.85}) == decision
 
 
 DRIVER = """

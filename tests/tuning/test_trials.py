@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from infra.errors import PipelineError
 from tuning.settings import SearchSettings
-from tuning.space import LEARNING_RATE, PLACEMENT, overrides_of, suggest_params
+from tuning.space import LEARNING_RATE, PLACEMENT, search_space, suggest
 from tuning.trials import (
     STUDY_NAME,
     SearchResult,
@@ -17,34 +17,39 @@ from tuning.trials import (
     best_record,
     end_trial,
     open_storage,
+    overrides_in,
     prepare_study,
     rank_records,
     read_records,
+    report_epoch,
     settle_interrupted,
+    start_trial,
     write_records,
 )
 
 SETTINGS = SearchSettings(placement="booleans")
+SPACE = search_space(SETTINGS)
 
 
 @pytest.fixture
 def study(tmp_path):
     with open_storage(tmp_path) as storage:
         study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize")
-        prepare_study(study, SETTINGS)
+        prepare_study(study, SETTINGS, SPACE)
         yield study
 
 
 def start(study, epochs=()):
     trial = study.ask()
-    suggest_params(trial, SETTINGS)
+    start_trial(trial, suggest(trial, SPACE), SPACE)
     for epoch, value in enumerate(epochs, start=1):
-        trial.report(value, epoch)
+        report_epoch(study, trial, {"val/top1": value}, epoch, SETTINGS)
     return trial
 
 
 def states(study):
-    return [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    """Without what is queued."""
+    return [trial.state.name for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
 
 def record(number, top1=0.5, num_slots=1, state="completed"):
@@ -53,10 +58,10 @@ def record(number, top1=0.5, num_slots=1, state="completed"):
 
 
 def test_baselines_come_first_and_once(study):
-    prepare_study(study, SETTINGS)
-    placements = [overrides_of(start(study).params)[PLACEMENT] for _ in range(3)]
-    assert placements[:2] == ["none", "all"]
-    assert states(study) == ["RUNNING"] * 3
+    prepare_study(study, SETTINGS, SPACE)
+    placements = [overrides_in(start(study))[PLACEMENT] for _ in range(4)]
+    assert placements[:3] == ["none", "all", "5a,5b"]
+    assert states(study) == ["RUNNING"] * 4
 
 
 def test_an_ended_trial_becomes_a_record(study):
@@ -73,6 +78,7 @@ def test_an_ended_trial_becomes_a_record(study):
         state="completed",
         seconds=12.346,
         error="",
+        metrics={"val/top1": 0.4},
     )
     assert read_records(study) == [ended]
     assert study.best_value == 0.4
@@ -94,28 +100,28 @@ def test_an_interrupted_trial_is_tried_again_under_a_new_number(study):
     end_trial(study, start(study, [0.5]), "completed", 1.0)
     assert [trial.number for trial in settle_interrupted(study)] == [0]
     assert settle_interrupted(study) == []
-    assert states(study) == ["FAIL", "COMPLETE", "WAITING"]
-    again = start(study)
-    assert (again.number, again.params) == (2, killed.params)
+    assert states(study) == ["FAIL", "COMPLETE"]
+    skipped_baseline, again = start(study), start(study)
+    assert (skipped_baseline.number, overrides_in(skipped_baseline)[PLACEMENT]) == (2, "5a,5b")
+    assert (again.number, again.params) == (3, killed.params)
     assert [item.number for item in read_records(study)] == [1]
 
 
 def test_a_trial_can_be_interrupted_twice(study):
     params = start(study).params
     settle_interrupted(study)
-    skipped_baseline, again = start(study), start(study)
+    *baselines, again = (start(study) for _ in range(3))
     assert again.params == params
     settle_interrupted(study)
-    assert [start(study).params for _ in range(2)] == [skipped_baseline.params, params]
-    assert states(study) == ["FAIL"] * 3 + ["RUNNING"] * 2
+    assert [start(study).params for _ in range(3)] == [*(trial.params for trial in baselines), params]
+    assert states(study) == ["FAIL"] * 4 + ["RUNNING"] * 3
 
 
 def test_a_queued_trial_killed_before_it_asked_for_its_values_keeps_them(study):
     study.ask()
     settle_interrupted(study)
-    start(study)
-    again = start(study)
-    assert overrides_of(again.params)[PLACEMENT] == "none"
+    *_, again = (start(study) for _ in range(3))
+    assert overrides_in(again)[PLACEMENT] == "none"
 
 
 @pytest.mark.parametrize(("state", "told"), [("completed", "COMPLETE"), ("stopped", "PRUNED"), ("failed", "FAIL")])
@@ -135,18 +141,19 @@ def test_failures_count_once_any_trial_has_succeeded(study):
 
 
 def test_if_all_trials_failed_they_are_tried_again(study):
-    for _ in range(2):
+    for _ in range(3):
         end_trial(study, start(study), "failed", 1.0, "RuntimeError: no disk")
-    assert len(read_records(study)) == 2
+    assert len(read_records(study)) == 3
     settle_interrupted(study)
     assert read_records(study) == []
-    assert [overrides_of(start(study).params)[PLACEMENT] for _ in range(2)] == ["none", "all"]
+    assert [overrides_in(start(study))[PLACEMENT] for _ in range(3)] == ["none", "all", "5a,5b"]
 
 
 def test_a_study_of_another_space_is_refused(study):
+    other = SearchSettings(placement="families")
     with pytest.raises(PipelineError, match=r"the study searches val/top1 over .*Range.*, expected val/top1 over .*remove its"):
-        prepare_study(study, SearchSettings(placement="families"))
-    prepare_study(study, SETTINGS.model_copy(update={"num_trials": 99}))
+        prepare_study(study, other, search_space(other))
+    prepare_study(study, SETTINGS.model_copy(update={"num_trials": 99}), SPACE)
 
 
 def test_the_best_trial_has_the_best_epoch_then_fewer_slots_then_the_lower_number():

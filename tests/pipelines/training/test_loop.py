@@ -8,12 +8,13 @@ from torch.nn.functional import cross_entropy
 
 from infra.errors import ConfigError, PipelineError
 from infra.storage import sha256_file
-from models import create_model
+from models import attend_only, attention_slots, create_model
 from pipelines.experiments.demo import demo
 from pipelines.presets import apply_preset
 from pipelines.training.checkpoint import load_latest_verified, verify
 from pipelines.training.loop import train
 from pipelines.training.settings import build_model
+from pipelines.training.step import placement_of_step
 from preprocessing.clip_ledger import ClipLedger
 
 
@@ -276,3 +277,38 @@ def test_the_seed_code_logs_three_quarters_of_ln_174_at_first(tiny):
     assert result.history[0].train_loss == pytest.approx(0.75 * math.log(174), rel=0.01)
     assert result.history[0].learning_rate == 0.001
     assert result.history[0].val_top1 is None
+
+
+def supernet(tiny, folder, **options):
+    torch.manual_seed(0)
+    model = create_model("sa_gsm_resnet18", num_classes=3, num_segments=2)
+    loaders = tiny.LargeLoader(8), tiny.LargeLoader(4, train=False)
+    settings = {"random_placement": True, "ema_decay": 0.5, "precision": "fp32"}
+    return model, tiny.train_tiny(folder, model, loaders=loaders, settings=settings, **options)
+
+
+def test_random_placements_are_the_same_after_a_stop_and_raise_no_alarm(tiny, tmp_path):
+    whole_model, whole = supernet(tiny, tmp_path / "whole")
+    supernet(tiny, tmp_path / "parts", should_stop=tiny.stop_after(3))
+    model, parts = supernet(tiny, tmp_path / "parts")
+    assert parts.resumed_from_step == 3
+    assert tiny.without_times(parts.history) == tiny.without_times(whole.history)
+    assert all(torch.equal(values, whole_model.state_dict()[name]) for name, values in model.state_dict().items())
+    assert [epoch.dead_gates for epoch in whole.history] == [[], []]
+    assert not any(getattr(module, "bypassed", False) for module in model.modules())
+
+
+def test_validation_after_random_placements_is_that_of_all_slots(tiny):
+    torch.manual_seed(0)
+    model = create_model("sa_gsm_resnet18", num_classes=3, num_segments=2)
+    val_loader = tiny.LargeLoader(4, train=False)
+    settings = {"random_placement": True, "epochs": 1, "learning_rate": 0.02}
+    result = tiny.train_tiny(None, model, loaders=(tiny.LargeLoader(16), val_loader), settings=settings)
+    [batch] = val_loader
+    losses = []
+    for placement in ("all", placement_of_step(0, 3, attention_slots(model))):
+        attend_only(model, placement)
+        with torch.inference_mode():
+            losses.append(cross_entropy(model.eval()(model.prepare(batch.clips)), batch.labels).item())
+    assert result.history[0].val_loss == pytest.approx(losses[0], rel=1e-6)
+    assert result.history[0].val_loss != pytest.approx(losses[1], rel=1e-5)

@@ -2,12 +2,15 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch.nn.functional import cross_entropy
 
+from pipelines.evaluation.metrics import summarise
 from pipelines.training.metrics import EpochMetrics, Sums, best_epoch
 from preprocessing.clip_ledger import ClipLedger
 
@@ -41,6 +44,14 @@ def test_the_means_do_not_depend_on_how_clips_are_batched(cuts, num_classes):
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert means.top5 == pytest.approx((ranks < 5).float().mean().item())
     assert means.num_clips == 31
+
+
+@given(arrays(np.float32, (7, 6), elements=st.sampled_from([0.0, 1.0, 2.0])), arrays(np.int64, 7, elements=st.integers(0, 5)))
+def test_with_ties_training_and_evaluation_count_the_same_hits(logits, labels):
+    sums = Sums(CPU)
+    sums.add(torch.zeros(7), torch.from_numpy(logits), torch.from_numpy(labels))
+    evaluated = summarise(logits, labels, list("abcdef"))
+    assert (sums.means().top1, sums.means().top5) == pytest.approx((evaluated["top1"], evaluated["top5"]))
 
 
 def test_sums_go_on_where_they_were_stored():

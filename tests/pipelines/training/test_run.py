@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from infra.errors import PipelineError
+from infra.errors import ConfigError, PipelineError
 from models import create_model
 from pipelines.training.run import set_up
 
@@ -73,3 +73,12 @@ def test_a_tensor_without_a_group_is_refused(tiny, monkeypatch):
     monkeypatch.setattr("pipelines.training.optim.parameter_roles", lambda model: {"weight": ["conv.weight"]})
     with pytest.raises(PipelineError, match=r"gamma, .*\(in no group\)"):
         run_of(tiny)
+
+
+def test_random_placements_need_attention(tiny):
+    with pytest.raises(ConfigError, match=r"train\.random_placement needs a network with attention, .* model\.placement=all"):
+        run_of(tiny, create_model("gsm_resnet18", num_classes=3, num_segments=2), random_placement=True)
+    with pytest.raises(ValueError, match="random_placement does not go with compile, which would compile each placement anew"):
+        tiny.tiny_settings(random_placement=True, compile=True)
+    with pytest.raises(ValueError, match=r"random_placement does not go with compat\.freeze_gamma"):
+        tiny.tiny_settings(random_placement=True, compat={"freeze_gamma": True})

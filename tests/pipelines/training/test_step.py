@@ -1,13 +1,17 @@
+import doctest
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from infra.errors import PipelineError
-from models import create_model
+from models import attention_slots, create_model
+from pipelines.training import step as step_module
 from pipelines.training.metrics import Sums
 from pipelines.training.run import set_up
-from pipelines.training.step import any_rank, forward, take_step
+from pipelines.training.step import any_rank, forward, placement_of_step, take_step
 
 CPU = torch.device("cpu")
 
@@ -129,3 +133,76 @@ def test_logits_are_float32_and_one_process_votes_for_itself(tiny):
     logits = forward(run, run.network, run.state.model.prepare(tiny.MemoryLoader(4).clips))
     assert logits.dtype == torch.float32
     assert (any_rank(True, CPU), any_rank(False, CPU)) == (True, False)
+
+
+SLOTS = tuple("abcdefghij")
+
+
+def test_every_subset_of_the_slots_is_equally_likely_and_only_seed_and_step_decide():
+    drawn = Counter(placement_of_step(3, step, SLOTS[:3]) for step in range(8000))
+    assert len(drawn) == 8
+    assert max(abs(count - 1000) for count in drawn.values()) < 150  # five standard deviations
+    assert [placement_of_step(3, step, SLOTS) for step in range(50)] == [
+        placement_of_step(3, step, SLOTS) for step in range(50)
+    ]
+    assert [placement_of_step(4, step, SLOTS) for step in range(50)] != [
+        placement_of_step(3, step, SLOTS) for step in range(50)
+    ]
+    both = Counter(("a" in found, "j" in found) for found in (placement_of_step(0, step, SLOTS) for step in range(4000)))
+    assert max(abs(count - 1000) for count in both.values()) < 150
+    assert doctest.testmod(step_module).failed == 0
+
+
+def test_a_step_trains_the_attention_of_its_own_slots_only(tiny):
+    """Neither momentum nor decay touches the others."""
+    torch.manual_seed(0)
+    model = create_model("sa_gsm_resnet18", num_classes=3, num_segments=2)
+    slots = attention_slots(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.constant_(parameter, 0.5)
+    run = set_up(model, tiny.LargeLoader(12), tiny.tiny_settings(random_placement=True, weight_decay=0.1), CPU, None, {})
+    seen = []
+    for step, batch in enumerate(run.train_loader):
+        before = {name: values.clone() for name, values in model.state_dict().items()}
+        take_step(run, batch, step, Sums(CPU))
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        chosen = placement_of_step(run.settings.seed, step, slots).split(",")
+        owners = {name: name.removeprefix("base_model.").split(".gsm.attn.")[0] for name in moved if ".attn." in name}
+        assert set(owners.values()) == set(chosen)
+        for slot in chosen:
+            attention = f"base_model.{slot}.gsm.attn"
+            assert {f"{attention}.{name}" for name in ("gamma", "query_conv.weight", "value_conv.weight")} <= moved
+        seen.append(chosen)
+    assert seen[0] != seen[1]
+
+
+def test_ranks_agree_on_the_placement_and_on_the_weights(tiny, tmp_path):
+    """Of two ranks, each with half of the clips, and of one, with the norms frozen; though each step leaves out other slots."""
+    script = """
+        from models import create_model
+        from pipelines.training.metrics import Sums
+        from pipelines.training.run import set_up
+        from pipelines.training.step import take_step
+        folder = Path(sys.argv[1])
+
+        def work(rank, world_size=2):
+            torch.manual_seed(0)
+            model = create_model("sa_gsm_resnet18", num_classes=3, num_segments=2, dropout=0.0)
+            loader = tiny.LargeLoader(12, batch_size=4 // world_size, rank=rank, world_size=world_size)
+            settings = tiny.tiny_settings(random_placement=True, batch_norm="frozen", learning_rate=0.01)
+            run = set_up(model, loader, settings, torch.device("cpu"), None, {})
+            run.network.eval()
+            for step, batch in enumerate(loader):
+                take_step(run, batch, step, Sums(run.device))
+            torch.save(model.state_dict(), folder / f"{world_size}-{rank}.pt")
+
+        tiny.on_ranks(folder / "group", 2, work)
+        work(0, world_size=1)
+    """
+    tiny.run_script(script, tmp_path)
+    first, second, alone = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0"))
+    assert all(torch.equal(values, second[name]) for name, values in first.items())
+    assert any(values.item() for name, values in alone.items() if name.endswith("gamma"))
+    for name, values in alone.items():
+        torch.testing.assert_close(first[name], values, rtol=1e-3, atol=1e-5)
