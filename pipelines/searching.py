@@ -22,7 +22,8 @@ from pipelines.training.job import TrainJob
 from pipelines.training.trial import TrialRuns, run_trial, trial_job
 from pipelines.verdict import pose_question, reach_verdict, untested, verdict_metrics
 from tuning.leaderboard import leaderboard
-from tuning.search import Objective, run_search
+from tuning.process import Objective
+from tuning.search import run_search
 from tuning.settings import Choice, SearchSettings
 from tuning.space import PLACEMENT
 from tuning.trials import STUDY_FILE, SearchResult
