@@ -55,6 +55,7 @@ class FakeCluster:
         self.seconds, self.nodes, self.free = 0.0, nodes, free
         monkeypatch.setattr(room, "node_resources", self.resources)
         monkeypatch.setattr(room, "describe_use", lambda: "somebody holds it")
+        monkeypatch.setattr(room, "reclaim_reservations", lambda: 0)
         monkeypatch.setattr(room.time, "monotonic", lambda: self.seconds)
         monkeypatch.setattr(room.time, "sleep", self.sleep)
 
