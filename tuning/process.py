@@ -12,7 +12,7 @@ from tuning.schedulers import BEST
 
 Report = Callable[[dict[str, float]], None]
 Objective = Callable[[dict[str, Any], Report, Path], None]
-"""Called as `objective(overrides, report, trial_dir)` in the trial's own process.
+"""Called as `objective(overrides, report, trial_dir)` in a process that trains one trial at a time, and after it another one.
 
 It comes from an importable module (a `functools.partial` of such a function will do) and calls `report(metrics)` once after
 each epoch, which raises when the trial shall go on no more. It keeps its files in `trial_dir`: those that nobody needs once it

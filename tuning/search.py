@@ -122,6 +122,7 @@ def _run_trials(
             max_concurrent_trials=num_concurrent,
             search_alg=searcher,
             scheduler=make_scheduler(settings, watcher.records, watcher.ask_to_stop),
+            reuse_actors=settings.cost != "memory",  # a process starts for seconds; the peak of its memory is of all its trials
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),

@@ -100,7 +100,7 @@ class SearchSettings(Settings):
         cost: what the winner may not waste: with it the search has two objectives, `metric` and this one; see
             `pipelines/training/costs.py`.
         seeds_per_trial: trainings of a trial, with seeds of their own; its value is their mean.
-        workers_per_trial: ranks that train a trial; 1 trains in the trial's own process.
+        workers_per_trial: ranks that train a trial; 1 trains in the trial's process.
         max_concurrent_trials: upper bound of trials at a time; 0 means as many as fit into the cluster.
         subset: number of training clips a trial trains on; None means all.
         metric: what `report` must contain and the search maximises.

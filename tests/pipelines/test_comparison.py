@@ -161,7 +161,7 @@ def test_a_preset_applies_to_all_variants_and_other_settings_after_it(comparison
         ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
         ({"seeds": [1, 1]}, r"seeds are \[1, 1\]; expected different"),
         ({"model.name": "tsn_resnet18"}, "variants tsn and gsm have the same settings"),
-        ({"search.num_trials": 3}, "variant tsn has search.num_trials=3; expected 0"),
+        ({"search.num_trials": 3, "search.placement": "fixed"}, "variant tsn has search.num_trials=3; expected 0"),
         ({"train.lr": 0.1}, "train.lr is not a setting"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 
-from models import SLOTS, describe_model, parse_placement
+from models import describe_model, parse_placement
 from pipelines.reports.search import describe_search, doubts, search_metrics, summarise_search, write_search
 from pipelines.searching import Searched, SearchTask
 from pipelines.training.job import TrainJob
@@ -15,7 +15,17 @@ from pipelines.training.settings import ModelSettings, TrainSettings
 from pipelines.verdict import Question, untested
 from tuning.leaderboard import leaderboard
 from tuning.settings import Range, SearchSettings
-from tuning.trials import STUDY_NAME, SearchResult, best_record, end_trial, open_storage, read_records
+from tuning.space import search_space, suggest
+from tuning.trials import (
+    STUDY_NAME,
+    SearchResult,
+    best_record,
+    end_trial,
+    open_storage,
+    overrides_in,
+    read_records,
+    start_trial,
+)
 
 QUESTION = Question("4e,5b", trial=3, others={"train.learning_rate": 0.03}, won=True)
 TESTED = {
@@ -30,13 +40,17 @@ def make(tmp_path):
     """Makes a search of so many trials in which 4e helps, every fifth is stopped, and one fails."""
 
     def make(num_trials, verdict=TESTED, supernet=None, error="out of memory"):
-        rng = np.random.default_rng(0)
+        search = SearchSettings(
+            num_trials=num_trials, placement="booleans", space={"train.learning_rate": Range(low=0.01, high=0.1, log=True)}
+        )
+        rng, space = np.random.default_rng(0), search_space(search)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
         for number in range(num_trials):
             trial = study.ask()
-            switches = {slot: trial.suggest_categorical(f"model.placement.{slot}", (False, True)) for slot in SLOTS}
-            rate = trial.suggest_float("train.learning_rate", 0.01, 0.1, log=True)
-            value = 0.4 + 0.15 * switches["4e"] + 0.02 * rng.random() + rate / 10
+            params = suggest(trial, space)
+            start_trial(trial, params, space)
+            helps = "4e" in parse_placement(overrides_in(trial)["model.placement"])
+            value = 0.4 + 0.15 * helps + 0.02 * rng.random() + params["train.learning_rate"] / 10
             state = "failed" if number == 1 else "stopped" if number % 5 == 4 else "completed"
             trial.report(value, 1)
             if state == "completed":
@@ -45,13 +59,10 @@ def make(tmp_path):
         records = read_records(study)
         with open_storage(tmp_path) as storage:
             optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize").add_trials(study.trials)
-        search = SearchSettings(
-            num_trials=num_trials, placement="booleans", space={"train.learning_rate": Range(low=0.01, high=0.1, log=True)}
-        )
         job = TrainJob("placement", "nowhere", ModelSettings(), TrainSettings(num_segments=4))
         result = SearchResult(records, best_record(records))
-        space = SearchTask(job, search, num_val_clips=160, num_classes=8)
-        return Searched(space, result, supernet, verdict, leaderboard(result, "sagsm run '<b>placement</b>'"))
+        task = SearchTask(job, search, num_val_clips=160, num_classes=8)
+        return Searched(task, result, supernet, verdict, leaderboard(result, "sagsm run '<b>placement</b>'"))
 
     return make
 
