@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from tuning.space import PLACEMENT
 from tuning.trials import SearchResult, rank_records
 
 
@@ -18,9 +19,11 @@ def leaderboard(result: SearchResult, command_prefix: str) -> list[dict[str, Any
         command_prefix: what starts the experiment, with the options that all trials share: `sagsm run placement`.
 
     Returns:
-        rows with rank (from 1), trial, placement, slots, learning_rate, top1 (a fraction, None without a report), epochs,
-        state, and command, which trains with the trial's settings and searches no more.
+        rows with rank (from 1), trial, placement, slots, learning_rate, settings (all dotted ones but the placement; None for
+        one that this trial was not asked for), top1 (a fraction, None without a report), cost (None without `search.cost`),
+        epochs, state, and command, which trains with the trial's settings and searches no more.
     """
+    names = sorted({name for record in result.trials for name in record.overrides} - {PLACEMENT})
     return [
         {
             "rank": rank,
@@ -28,7 +31,9 @@ def leaderboard(result: SearchResult, command_prefix: str) -> list[dict[str, Any
             "placement": record.placement,
             "slots": record.num_slots,
             "learning_rate": record.learning_rate,
+            "settings": {name: record.overrides.get(name) for name in names},
             "top1": record.top1,
+            "cost": record.cost,
             "epochs": record.epochs,
             "state": record.state,
             "command": rerun_command(command_prefix, record.overrides),
@@ -49,16 +54,32 @@ def rerun_command(command_prefix: str, overrides: Mapping[str, Any]) -> str:
 
 
 def leaderboard_table(rows: Sequence[Mapping[str, Any]], title: str = "Trials") -> Table:
-    """The leaderboard for a terminal, without the commands, which are too long for a column; top-1 in percent."""
+    """The leaderboard for a terminal, a column for each setting that was searched; top-1 in percent.
+
+    It leaves out the commands, which are too long for a column, and the costs where there are none.
+    """
+    settings = list(rows[0]["settings"]) if rows else []
+    costs = ["cost"] if any(row["cost"] is not None for row in rows) else []
     table = Table(title=title)
-    for name in ("rank", "trial", "placement", "slots", "learning rate", "top-1 %", "epochs", "state"):
-        table.add_column(name, justify="left" if name in ("placement", "state") else "right", overflow="fold")
+    for name in ("rank", "trial", "placement", "slots", *settings, "top-1 %", *costs, "epochs", "state"):
+        table.add_column(
+            name.rpartition(".")[2].replace("_", " "),
+            justify="left" if name in ("placement", "state") else "right",
+            overflow="fold",
+        )
     for row in rows:
         top1 = "-" if row["top1"] is None else f"{100 * row['top1']:.1f}"
-        learning_rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
-        cells = (row["rank"], row["trial"], row["placement"], row["slots"], learning_rate, top1, row["epochs"], row["state"])
+        values = [_cell(value) for value in (*row["settings"].values(), *(row[name] for name in costs))]
+        chosen, priced = values[: len(settings)], values[len(settings) :]
+        cells = (row["rank"], row["trial"], row["placement"], row["slots"], *chosen, top1, *priced, row["epochs"], row["state"])
         table.add_row(*(str(cell) for cell in cells))
     return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _yaml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import shlex
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +41,9 @@ def test_rows_are_ranked_and_can_be_rerun():
         "placement": "3a,4e",
         "slots": 2,
         "learning_rate": 0.0312,
+        "settings": {"train.learning_rate": 0.0312},
         "top1": 0.625,
+        "cost": None,
         "epochs": 1,
         "state": "completed",
         "command": "sagsm run demo --set search.num_trials=0 --set model.placement=3a,4e --set train.learning_rate=0.0312",
@@ -76,3 +79,26 @@ def test_the_table_shows_every_trial():
     assert "Placement" in text
     for word in ("62.5", "50.0", "25.0", "3a,4e", "none", "stopped", "failed", "0.0312"):
         assert word in text
+
+
+def test_each_setting_and_the_cost_have_a_column_and_gaps_are_shown():
+    trials = [
+        replace(
+            TRIALS[2], overrides={"model.placement": "3a,4e", "model.scope": "joint", "train.num_segments": 16}, cost=1234.5
+        ),
+        replace(TRIALS[0], overrides={"model.placement": "none", "train.num_segments": 8}, cost=600.0),
+    ]
+    rows = leaderboard(SearchResult(trials, trials[0]), "sagsm run demo")
+    assert [row["settings"] for row in rows] == [
+        {"model.scope": "joint", "train.num_segments": 16},
+        {"model.scope": None, "train.num_segments": 8},
+    ]
+    table = leaderboard_table(rows)
+    assert [column.header for column in table.columns][4:8] == ["scope", "num segments", "top-1 %", "cost"]
+    assert [list(column.cells) for column in table.columns][4:8] == [
+        ["joint", "-"],
+        ["16", "8"],
+        ["62.5", "50.0"],
+        ["1234", "600"],
+    ]
+    assert "cost" not in [column.header for column in leaderboard_table(leaderboard(SearchResult(TRIALS, None), "x")).columns]
