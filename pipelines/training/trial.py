@@ -92,6 +92,8 @@ def _train_on_workers(
     ended_by: list[Exception] = []
 
     def tell(metrics: EpochMetrics) -> None:
+        if ended_by:
+            return
         try:
             on_epoch(metrics)
         except Exception as error:  # in the thread that listens; the workers must give back what they hold first

@@ -112,3 +112,13 @@ def test_lost_nodes_are_waited_for_but_nodes_that_never_were_are_not(monkeypatch
     with pytest.raises(ClusterError, match="asks for 2 workers"):
         find_room(settings, texts.append, is_restart=True)
     assert 40 <= fake.seconds < 42
+
+
+def test_a_fixed_plan_is_waited_for_and_never_narrowed(monkeypatch):
+    plan = WorkerPlan(2, 2, use_gpu=False)
+    fake = FakeCluster(monkeypatch, lambda _: [4, 4], lambda s: [4] if s >= 10 else [3])
+    assert find_room(TrainSettings(), lambda _: None, is_restart=False, fixed=plan) == plan
+    assert 10 <= fake.seconds < 11
+    fake.free, fake.seconds = lambda _: [3], 0.0
+    with pytest.raises(ClusterError, match="asks for 2 workers with 2 CPUs each"):
+        find_room(TrainSettings(), lambda _: None, is_restart=False, fixed=plan)

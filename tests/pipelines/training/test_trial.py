@@ -128,11 +128,10 @@ def test_trials_with_workers_that_are_killed_or_stopped_leave_room_for_the_next(
         assert [(record.state, record.epochs) for record in result.trials] == [("failed", 1), ("stopped", 1), ("stopped", 1)]
         assert all(record.metrics["train/workers"] == 2 for record in result.trials)
         assert [path for path in tmp_path.rglob("*") if path.name.startswith("step-")] == [], "checkpoints are gone"
-        deadline = time.monotonic() + 30
-        while node_resources(free=True)[0].get("CPU") != 2:
+        deadline = time.monotonic() + 60  # one watcher is left behind, that of the trial that was killed
+        while node_resources(free=True)[0].get("CPU") != 2 or len(processes("ray::PlacementGroupCleaner")) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert len(processes("ray::PlacementGroupCleaner")) <= 1, "that of the trial that was killed"
     finally:
         ray.shutdown()
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
