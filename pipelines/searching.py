@@ -111,7 +111,8 @@ def search_and_judge(context: StageContext, task: SearchTask, command: str, sear
     _publish(context, searched)
     best = result.best
     settings = ", ".join(f"{name}={value}" for name, value in best.overrides.items())
-    text = f"best of {len(searched.rows)} trials, {best.top1:.1%}: {settings}; {verdict['sentence']}"
+    note = f" ({result.note})" if result.note else ""
+    text = f"best of {len(searched.rows)} trials{note}, {best.top1:.1%}: {settings}; {verdict['sentence']}"
     return {"overrides": best.overrides, "trials": searched.rows, "verdict": verdict, "text": text}
 
 
