@@ -17,8 +17,9 @@ def placement() -> ExperimentConfig:
     quantity". Trials are 7 epochs on 512 clips; attention nowhere, everywhere and in the last two slots come first. The winner
     and none are then trained anew with two seeds each, which says whether the gain is more than noise.
 
-    Command: `sagsm run placement`. Hardware: 2 CPU cores, 8 GB, at most 40 minutes. Reaches: all 24 trials on the page and in
-    MLflow, and a verdict, whatever it is; validation top-1 of the final training of at least 0.70 (chance 0.125).
+    Command: `sagsm run placement`. Hardware: 2 CPU cores, 8 GB, at most 40 minutes. Must reach: all 24 trials on the page and
+    in MLflow, and a verdict, whatever it is; validation top-1 of the final training of at least 0.70 (chance 0.125). Not yet
+    run to the end at this size; the sizes are computed.
     """
     return ExperimentConfig(
         dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=640, num_validation=240)),
@@ -46,8 +47,9 @@ def placement_supernet() -> ExperimentConfig:
     Trained are the three baselines, the supernet's best five and six seeded random ones, since a rank correlation over the best
     alone would say nothing of the rest. The page shows Spearman's correlation with its interval, whatever it is.
 
-    Command: `sagsm run placement_supernet`. Hardware: 2 CPU cores, 8 GB, at most 40 minutes. Reaches: 1,024 scores, and a rank
-    correlation over 14 trained placements; validation top-1 of the final training of at least 0.70 (chance 0.125).
+    Command: `sagsm run placement_supernet`. Hardware: 2 CPU cores, 8 GB, at most 40 minutes. Must reach: 1,024 scores, and a
+    rank correlation over 14 trained placements; validation top-1 of the final training of at least 0.70 (chance 0.125). Not
+    yet run to the end at this size; the sizes are computed.
     """
     changes = {
         "method": "supernet",
