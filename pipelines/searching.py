@@ -16,7 +16,7 @@ import numpy as np
 
 from infra.storage import atomic_path, write_json
 from models import model_slots
-from models.placement import Placement, parse_placement
+from models.placement import parse_placement
 from pipelines.graph import StageContext
 from pipelines.training.job import TrainJob
 from pipelines.training.trial import TrialRuns, run_trial, trial_job
@@ -25,13 +25,12 @@ from tuning.leaderboard import leaderboard
 from tuning.process import Objective
 from tuning.search import run_search
 from tuning.settings import Choice, SearchSettings
-from tuning.space import PLACEMENT
+from tuning.space import PLACEMENT, baseline_placements
 from tuning.trials import STUDY_FILE, SearchResult
 
 if TYPE_CHECKING:
     from pipelines.training.supernet import SupernetResult
 
-_NUM_LAST = 2
 _BUDGET = ("num_trials", "max_hours", "max_gpu_hours", "max_concurrent_trials", "verdict_seeds", "supernet_top")
 
 
@@ -148,7 +147,7 @@ def shortlist(task: SearchTask, top: list[str]) -> SearchSettings:
         top: the supernet's best placements.
     """
     slots = task.slots
-    wanted = ["none", "all", str(Placement(slots[-_NUM_LAST:], slots)), *top]
+    wanted = [*map(str, baseline_placements(slots)), *top]
     rng = np.random.default_rng(task.search.seed)
     while len(set(wanted)) < min(task.search.num_trials, 2 ** len(slots)):
         wanted.append(str(parse_placement(int(rng.integers(2 ** len(slots))), slots)))

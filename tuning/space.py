@@ -185,12 +185,17 @@ def baseline_points(space: Space) -> list[Params]:
     network: Params = dict([(NETWORK, name) for name in networks if _has_attention(name)][:1])
     slots = space.slots_of(network)
     points: list[Params] = []
-    for wanted in (Placement((), slots), Placement(slots, slots), Placement(slots[-2:], slots)):
+    for wanted in baseline_placements(slots):
         prescribed = network | _spellings(wanted, space.dimensions.get(PLACEMENT))
         point = space.choose(lambda name, dimension, given=prescribed: given.get(name, dimension.middle))  # type: ignore[misc]
         if space.overrides_of(point)[PLACEMENT] == str(wanted):
             points.append(point)
     return points
+
+
+def baseline_placements(slots: Sequence[str]) -> tuple[Placement, ...]:
+    """Nowhere, everywhere (the paper), and in the last two of the network's slots."""
+    return Placement((), slots), Placement(slots, slots), Placement(slots[-2:], slots)
 
 
 def families(*slots_of_networks: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The page of a search: the verdict, what to distrust in it, and all trials, slots and costs that it rests on."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from pipelines.evaluation.search_figures import draw_coordinates, draw_history, 
 from pipelines.reports.page import data_uri, percent, write_page
 from tuning.importance import weigh
 from tuning.plots import interactive_plots, plotly_script
-from tuning.trials import TrialRecord
+from tuning.trials import TrialRecord, pareto_front
 
 if TYPE_CHECKING:
     from pipelines.searching import Searched, SearchTask
@@ -82,8 +82,10 @@ def summarise_search(searched: "Searched") -> dict[str, Any]:
         cost = mmacs if search.cost is None else record.cost
         facts = {"overrides": record.overrides, "error": record.error, "seconds": record.seconds}
         rows.append({**row, **facts, "interval": interval, "mmacs": mmacs, "cost": cost})
+    front = pareto_front([replace(records[row["trial"]], cost=row["cost"]) for row in rows])
+    unbeaten = {(record.top1, record.cost) for record in front}
     for row in rows:
-        row["is_pareto"] = _is_pareto(row, rows)
+        row["is_pareto"] = row["state"] != "failed" and (row["top1"], row["cost"]) in unbeaten
     states = [record.state for record in records.values()]
     importance = weigh(searched.result.trials, search.space, task.slots, grace_epochs=search.grace_epochs)
     return {
@@ -170,20 +172,6 @@ def _slot_macs(
     name: str, num_classes: int, num_segments: int, pixels: int, options: tuple[tuple[str, Any], ...]
 ) -> tuple[int, dict[str, int]]:
     return slot_macs(name, num_classes, num_segments, pixels=pixels, **dict(options))
-
-
-def _is_pareto(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no other trial is at least as good in both and better in one."""
-    if row["state"] == "failed" or row["top1"] is None or row["cost"] is None:
-        return False
-    return not any(
-        other["state"] != "failed"
-        and other["top1"] is not None
-        and other["cost"] is not None
-        and (other["top1"] >= row["top1"] and other["cost"] <= row["cost"])
-        and (other["top1"] > row["top1"] or other["cost"] < row["cost"])
-        for other in rows
-    )
 
 
 def _summarise_supernet(searched: "Searched") -> dict[str, Any] | None:

@@ -149,7 +149,6 @@ def test_the_interactive_page_loads_nothing(make, tmp_path):
 
 
 def test_the_supernet_is_shown_with_its_agreement(make, tmp_path, read_page):
-    pytest.importorskip("tuning.agreement")
     scores = {str(parse_placement(mask)): 0.2 + 0.1 * (mask >> 7 & 1) + mask / 1e5 for mask in range(1024)}
     top = sorted(scores, key=scores.get, reverse=True)[:5]
     supernet = SimpleNamespace(scores=scores, top=top, seconds_training=100.0, seconds_scoring=40.0)
