@@ -38,6 +38,7 @@ class StageContext:
         on_progress: call it as `on_progress(done, total, text)`.
         experiment: name of the experiment.
         config: the whole configuration, for those who print it; what a stage computes with comes as its own arguments.
+        at_once: so many stages that take the cluster run at the same time; each takes this part of it.
         earlier: what this stage has made for this experiment before, by the same code from the same inputs with other settings,
             the newest first; a search goes on from there.
     """
@@ -48,6 +49,7 @@ class StageContext:
     on_progress: OnProgress
     experiment: str
     config: ExperimentConfig
+    at_once: int = 1
     earlier: Sequence[Artifact] = ()
 
 
@@ -62,7 +64,7 @@ class Stage:
         settings: sections of the experiment that it reads.
         version: raise it when the code gives other results for the same input.
         raw: for stages that read raw data, a hash of that data.
-        takes_cluster: it takes as much of the cluster as there is, so that only one such stage runs at a time.
+        takes_cluster: it takes as much of the cluster as there is, so that only `at_once` of such stages run at a time.
     """
 
     name: str
@@ -208,35 +210,35 @@ RunStage = Callable[[PlannedStage, Mapping[str, Artifact]], Artifact]
 
 
 def run_graph(
-    planned: Sequence[PlannedStage], run_stage: RunStage, on_result: Callable[[StageResult], None]
+    planned: Sequence[PlannedStage], run_stage: RunStage, on_result: Callable[[StageResult], None], at_once: int = 1
 ) -> list[StageResult]:
     """Run what is not cached, independent nodes at the same time; a failed one stops only those that need it.
 
-    Of the stages that take the whole cluster one runs at a time, that which comes first in the plan: a variant of a comparison
-    is evaluated before the next is trained. Stages run in daemon threads of this process, since Ray does the work; the
-    caller's thread waits, so that it can be interrupted by a signal.
+    Of the stages that take the whole cluster `at_once` run at a time, those which come first in the plan: a variant of a
+    comparison is evaluated before the next is trained. Stages run in daemon threads of this process, since Ray does the work;
+    the caller's thread waits, so that it can be interrupted by a signal.
     """
     sorter = TopologicalSorter({item.name: set(item.needs.values()) for item in planned})
     sorter.prepare()
     results: dict[str, StageResult] = {}
     finished: queue.Queue[StageResult] = queue.Queue()
     ready: set[str] = set()
-    on_cluster = ""  # the running node that has the cluster for itself
+    on_cluster: set[str] = set()  # running nodes that have the cluster for themselves
     while sorter.is_active():
         ready |= set(sorter.get_ready())
         for item in [item for item in planned if item.name in ready]:
             result = _without_running(item, results)
             if result is not None:
                 finished.put(result)
-            elif item.stage.takes_cluster and on_cluster:
+            elif item.stage.takes_cluster and len(on_cluster) >= at_once:
                 continue
             else:
-                on_cluster = item.name if item.stage.takes_cluster else on_cluster
+                on_cluster |= {item.name} if item.stage.takes_cluster else set()
                 arguments = (item, run_stage, dict(results), finished)
                 threading.Thread(target=_execute, args=arguments, name=f"stage-{item.name}", daemon=True).start()
             ready.remove(item.name)
         result = finished.get()
-        on_cluster = "" if result.name == on_cluster else on_cluster
+        on_cluster.discard(result.name)
         results[result.name] = result
         on_result(result)
         sorter.done(result.name)

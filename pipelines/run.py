@@ -60,6 +60,11 @@ class Request:
     only: str | None = None
     comparison: Comparison | None = None
 
+    @property
+    def at_once(self) -> int:
+        """How many trainings share the cluster."""
+        return 1 if self.comparison is None else self.comparison.at_once
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -123,7 +128,8 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
             tags={"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset},
         )
         pipeline.log_text(config_yaml(request.comparison or request.config), "conf/config.yaml")
-        results = run_graph(planned, _stage_runner(request, tracker, pipeline, progress), _teller(progress, planned))
+        run_stage = _stage_runner(request, tracker, pipeline, progress)
+        results = run_graph(planned, run_stage, _teller(progress, planned), request.at_once)
         numbers = _headline(results)
         _close_pipeline(pipeline, results, numbers)
     return Outcome(results, numbers, run_url("", tracker.experiment_id, pipeline.run_id))
@@ -169,6 +175,7 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
                     progress.for_stage(item.name),
                     request.experiment,
                     item.config,
+                    request.at_once,
                     earlier=_earlier(store, item, request.experiment),
                 )
                 sections = {section: getattr(item.config, section) for section in stage.settings}

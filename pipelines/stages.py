@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def train(
     from pipelines.evaluation.figures import draw_curves
     from pipelines.training.job import TrainJob, save_model
     from pipelines.training.rank import train_locally
+    from pipelines.training.room import share_of
     from pipelines.training.worker import train_on_cluster
 
     job = TrainJob(context.experiment, _place(shards), model, train, val_split=_val_split(shards)).with_overrides(
@@ -153,7 +155,8 @@ def train(
         context.run.log_metrics(metrics.to_dict(), step=metrics.epoch)
 
     context.on_progress(0, train.epochs, f"epochs, from {model.start}")
-    result = (train_locally if train.local else train_on_cluster)(
+    plan = None if context.at_once == 1 else share_of(train.num_workers, cluster.node_resources(), context.at_once)
+    result = (train_locally if train.local else partial(train_on_cluster, plan=plan))(
         job,
         storage_dir=context.output_dir,
         mirror=None if train.checkpoints is None else Folder(train.checkpoints) / context.output_dir.stem,
@@ -181,7 +184,7 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
     have = cluster.resources()
     summary = cluster.call(
         score_model,
-        num_cpus=max(1.0, min(have["CPU"], 4.0)),
+        num_cpus=max(1.0, min(have["CPU"] // context.at_once, 4.0)),
         num_gpus=min(have["GPU"], 1.0),
         arguments={
             "model_dir": train.path / "model",

@@ -33,6 +33,8 @@ def compare() -> Comparison:
     methods = ("tsn", "tsm", "gsm", "sa_gsm")
     return Comparison(
         variants={method: apply_overrides(config, {"model.name": f"{method}_resnet18"}) for method in methods},
+        seeds=(1,),
+        at_once=2,
         baseline="tsn",
         expected={"tsn": _BLIND, "tsm": _SEES_MOTION, "gsm": _SEES_MOTION, "sa_gsm": _SEES_MOTION},
     )

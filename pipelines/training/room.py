@@ -63,6 +63,25 @@ def plan_workers(num_workers: int, nodes: Sequence[Mapping[str, float]], min_wor
     )
 
 
+def share_of(num_workers: int, nodes: Sequence[Mapping[str, float]], at_once: int) -> WorkerPlan:
+    """The workers of one of several trainings that divide the cluster evenly among them.
+
+    Args:
+        num_workers: of each training, as asked for; 0 means its part of the GPUs, or one without GPUs.
+        nodes: as for `plan_workers`.
+        at_once: how many trainings there are.
+
+    Raises:
+        ClusterError: if the cluster could never hold them all.
+    """
+    wanted = num_workers or max(1, sum(int(node.get("GPU", 0)) for node in nodes) // at_once)
+    try:
+        plan = plan_workers(wanted * at_once, nodes)
+    except ClusterError as error:
+        raise ClusterError(f"{at_once} trainings at a time: {error}, or lower at_once") from None
+    return replace(plan, num_workers=wanted)
+
+
 def count_places(plan: WorkerPlan, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many of the plan's workers these nodes could hold."""
     return sum(min(int(node.get(name, 0) // amount) for name, amount in plan.bundle.items()) for node in nodes)

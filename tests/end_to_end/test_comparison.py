@@ -16,6 +16,7 @@ TINY = [
     "dataset.synthetic={num_train: 16, num_validation: 16, num_broken: 0}",
     "shards.videos_per_shard=16",
     "seeds=[0]",
+    "at_once=2",
     "train.epochs=2",
     "train.warmup_epochs=1",
     "train.batch_size=8",

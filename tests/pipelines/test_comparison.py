@@ -49,7 +49,7 @@ def plan(comparison, store):
 
 def run(comparison, store, broken=()):
     runner = Runner(store, broken)
-    results = run_graph(plan(comparison, store), runner, lambda result: None)
+    results = run_graph(plan(comparison, store), runner, lambda result: None, comparison.at_once)
     return {result.name: result.status for result in results}, runner
 
 
@@ -106,6 +106,21 @@ def test_everything_runs_once_one_training_at_a_time_and_is_cached_afterwards(tm
     assert runner.ran == []
 
 
+def test_two_at_a_time_share_the_cluster_and_never_a_third(tmp_path, comparison):
+    store, pair, two = Store(tmp_path), threading.Barrier(2, timeout=60), comparison.with_overrides({"at_once": 2})
+    runner = Runner(store)
+
+    def run_stage(item, inputs):
+        if item.stage.name == "train":
+            pair.wait()
+        return runner(item, inputs)
+
+    results = run_graph(plan(two, store), run_stage, lambda result: None, two.at_once)
+    assert {result.status for result in results} == {"ran"}
+    assert runner.most <= 2
+    assert two.variants == comparison.variants
+
+
 def test_a_failed_training_stops_only_what_needs_it_and_the_next_run_goes_on(tmp_path, comparison):
     store = Store(tmp_path)
     statuses, _ = run(comparison, store, broken=("train:tsn:s1",))
@@ -158,6 +173,8 @@ def test_a_preset_applies_to_all_variants_and_other_settings_after_it(comparison
     ("overrides", "message"),
     [
         ({"train.seed": 4}, r"train.seed is 4, but a comparison trains each variant with seeds=\[0, 1\]"),
+        ({"at_once": 0}, "at_once: Input should be greater than or equal to 1"),
+        ({"at_once": 2, "train.local": True}, "at_once is 2, but variant tsn trains in this process; leave train.local out"),
         ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
         ({"seeds": [1, 1]}, r"seeds are \[1, 1\]; expected different"),
         ({"model.name": "tsn_resnet18"}, "variants tsn and gsm have the same settings"),

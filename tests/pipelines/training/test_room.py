@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from infra.errors import ClusterError
 from pipelines.training import room
-from pipelines.training.room import WorkerPlan, count_places, find_room, plan_workers
+from pipelines.training.room import WorkerPlan, count_places, find_room, plan_workers, share_of
 from pipelines.training.settings import TrainSettings
 
 NODES = st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 9), "GPU": st.integers(0, 3)}), min_size=1, max_size=4)
@@ -27,6 +27,21 @@ def test_a_plan_fits_the_nodes_and_uses_as_many_workers_and_cpus_as_it_can(num_w
     assert (plan.num_workers, plan.use_gpu) == (min(wanted, num_places(1)), gpus > 0)
     assert num_places(plan.cpus) >= plan.num_workers > num_places(plan.cpus + 1)
     assert count_places(plan, nodes) == num_places(plan.cpus)
+
+
+@given(num_workers=st.integers(0, 3), at_once=st.integers(1, 4), nodes=NODES)
+def test_trainings_that_share_a_cluster_all_fit_at_the_same_time(num_workers, at_once, nodes):
+    gpus = sum(node["GPU"] for node in nodes)
+    wanted = num_workers or max(1, gpus // at_once)
+    if sum(min(node["CPU"], node["GPU"]) if gpus else node["CPU"] for node in nodes) < at_once * wanted:
+        with pytest.raises(ClusterError, match=f"{at_once} trainings at a time: .* add nodes, or lower at_once"):
+            share_of(num_workers, nodes, at_once)
+        return
+    plan = share_of(num_workers, nodes, at_once)
+    assert plan.num_workers == wanted
+    assert count_places(plan, nodes) >= at_once * plan.num_workers
+    if at_once == 1:
+        assert plan == plan_workers(num_workers, nodes)
 
 
 def test_what_cannot_be_scheduled_says_what_was_asked_for_and_what_is_there():

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from infra.errors import ClusterError
 from infra.tracking import Tracker
 from pipelines.training.job import train_job
 from pipelines.training.settings import ModelSettings, TrainSettings
@@ -135,3 +136,30 @@ def test_trials_with_workers_that_are_killed_or_stopped_leave_room_for_the_next(
     finally:
         ray.shutdown()
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray reads its own old options there
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's processes, whose output nobody closes
+@pytest.mark.parametrize(("num_cpus", "workers", "at_once"), [(1, 1, 1), (4, 1, 4), (4, 2, 2), (1, 2, 0)])
+def test_a_search_never_hangs_whatever_the_cpus(shards_dir, tmp_path, num_cpus, workers, at_once):
+    """One trial more than run at once: the last needs what another gives back. 4 CPUs are logical ones of fewer cores."""
+    ray = pytest.importorskip("ray")
+    search = SearchSettings(num_trials=at_once + 1, max_epochs=1, scheduler="none", workers_per_trial=workers)
+    objective = partial(run_trial, job=job_of(shards_dir, search), search=search)
+    texts = []
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    try:
+        started = time.monotonic()
+        if at_once == 0:
+            with pytest.raises(ClusterError, match=r"lower search\.workers_per_trial to 1"):
+                run_search(objective, search, storage_dir=tmp_path)
+            assert time.monotonic() - started < 30
+            return
+        result = run_search(objective, search, storage_dir=tmp_path, on_progress=lambda *args: texts.append(args[2]))
+    finally:
+        ray.shutdown()
+    assert texts[0] == f"trials, {at_once} at a time"
+    assert [record.state for record in result.trials] == ["completed"] * (at_once + 1)
+    assert {record.metrics.get("train/workers", 1) for record in result.trials} == {workers}
