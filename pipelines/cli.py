@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 
+_TRIALS_SHOWN = 10
+
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `sagsm experiments` lists them.")]
 SetOption = Annotated[
     list[str] | None,
@@ -154,6 +156,14 @@ def _run_document(outcome: Any) -> dict[str, Any]:
 
 def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     numbers = outcome.numbers
+    trials = [
+        row
+        for result in outcome.stages
+        if result.name == "search" and result.artifact
+        for row in result.artifact.summary["trials"]
+    ]
+    if trials:
+        _print_trials(trials)
     if "variants" in numbers:
         _print_comparison(numbers)
     elif numbers:
@@ -175,6 +185,16 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
         more = f"seeds={json.dumps([*request.comparison.seeds, max(request.comparison.seeds) + 1], separators=(',', ':'))}"
     others = [assignment for assignment in set_ or [] if assignment.partition("=")[0] != more.partition("=")[0]]
     print(f"next:      {_command('run', request.experiment, [*others, more], None, request.workdir)}")
+
+
+def _print_trials(rows: list[dict[str, Any]]) -> None:
+    from tuning.leaderboard import leaderboard_table
+
+    header, cells = leaderboard_table(rows[:_TRIALS_SHOWN])
+    print()
+    print_table(header, cells, numbers_from=3)
+    if len(rows) > _TRIALS_SHOWN:
+        print(f"the best {_TRIALS_SHOWN} of {len(rows)} trials; all are on the page of the search")
 
 
 def _print_comparison(results: dict[str, Any]) -> None:

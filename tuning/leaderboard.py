@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from rich.table import Table
 
 from tuning.space import PLACEMENT
 from tuning.trials import SearchResult, rank_records
@@ -53,27 +52,22 @@ def rerun_command(command_prefix: str, overrides: Mapping[str, Any]) -> str:
     return " ".join([command_prefix, *(f"--set {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in settings.items())])
 
 
-def leaderboard_table(rows: Sequence[Mapping[str, Any]], title: str = "Trials") -> Table:
-    """The leaderboard for a terminal, a column for each setting that was searched; top-1 in percent.
+def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The leaderboard as texts for a terminal, header and rows: a column for each setting that was searched; top-1 in percent.
 
     It leaves out the commands, which are too long for a column, and the costs where there are none.
     """
     settings = list(rows[0]["settings"]) if rows else []
     costs = ["cost"] if any(row["cost"] is not None for row in rows) else []
-    table = Table(title=title)
-    for name in ("rank", "trial", "placement", "slots", *settings, "top-1 %", *costs, "epochs", "state"):
-        table.add_column(
-            name.rpartition(".")[2].replace("_", " "),
-            justify="left" if name in ("placement", "state") else "right",
-            overflow="fold",
-        )
+    names = ["rank", "trial", "placement", "slots", *settings, "top-1 %", *costs, "epochs", "state"]
+    cells = []
     for row in rows:
         top1 = "-" if row["top1"] is None else f"{100 * row['top1']:.1f}"
-        values = [_cell(value) for value in (*row["settings"].values(), *(row[name] for name in costs))]
-        chosen, priced = values[: len(settings)], values[len(settings) :]
-        cells = (row["rank"], row["trial"], row["placement"], row["slots"], *chosen, top1, *priced, row["epochs"], row["state"])
-        table.add_row(*(str(cell) for cell in cells))
-    return table
+        place = [row[name] for name in ("rank", "trial", "placement", "slots")]
+        rest = [*(row[name] for name in costs), row["epochs"], row["state"]]
+        values = [*place, *row["settings"].values(), top1, *rest]
+        cells.append([_cell(value) for value in values])
+    return [name.rpartition(".")[2].replace("_", " ") for name in names], cells
 
 
 def _cell(value: Any) -> str:

@@ -14,30 +14,29 @@ def placement() -> ExperimentConfig:
     """Ten switches of attention, its scope and the learning rate on generated videos: 24 trials with ASHA, then a verdict.
 
     Asks what section 6 of the paper names as future work, "the optimal position of the self-attention layers and their optimal
-    quantity". Trials are 7 epochs on 512 clips; attention nowhere, everywhere and in the last two slots come first. The winner
-    and none are then trained anew with two seeds each, which says whether the gain is more than noise.
+    quantity". Trials are 3 epochs on 1,280 clips; attention nowhere, everywhere and in the last two slots come first. The
+    winner and none are then trained anew with two seeds each, which says whether the gain is more than noise.
 
     Command: `sagsm run placement`. Hardware: 2 CPU cores, 8 GB, at most 40 minutes. Must reach: all 24 trials on the page and
-    in MLflow, and a verdict, whatever it is; validation top-1 of the final training of at least 0.70 (chance 0.125). Not yet
-    run to the end at this size; the sizes are computed.
+    in MLflow, and a verdict, whatever it is; validation top-1 of the final training of at least 0.70 (chance 0.125). Seen, on a
+    machine with other work: 34 minutes, 0.883, and "not separable from seed noise: +2.3 points" (-3.1 to +7.7).
     """
     return ExperimentConfig(
-        dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=640, num_validation=240)),
+        dataset=DatasetSettings(name="something_v1", synthetic=SyntheticSettings(num_train=1280, num_validation=240)),
         shards=ShardSettings(videos_per_shard=64),
         search=SearchSettings(
             num_trials=24,
-            max_epochs=7,
-            grace_epochs=3,
-            subset=512,
+            max_epochs=3,
+            grace_epochs=1,
             placement="booleans",
             space={
-                LEARNING_RATE: Range(low=0.015, high=0.06, log=True),
+                LEARNING_RATE: Range(low=0.004, high=0.02, log=True),
                 "model.scope": Choice(values=("frame", "joint"), unless={PLACEMENT: ("none",)}),
             },
             verdict_seeds=2,
         ),
-        model=ModelSettings(dropout=0.2),
-        train=TrainSettings(epochs=13, batch_size=8, learning_rate=0.03, warmup_epochs=3.0, pixels=48, num_segments=4),
+        model=ModelSettings(dropout=0.0),
+        train=TrainSettings(epochs=10, batch_size=8, learning_rate=0.01, warmup_epochs=2.0, pixels=48, num_segments=4),
     )
 
 
