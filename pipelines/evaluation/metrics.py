@@ -42,7 +42,6 @@ def summarise(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int6
         PipelineError: if a logit is not finite.
     """
     from scipy.special import log_softmax
-    from sklearn.metrics import confusion_matrix
 
     _require_sound(logits, labels, label_names)
     labelled = labels >= 0
@@ -53,7 +52,8 @@ def summarise(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int6
     in_top5 = (order[:, : min(TOP5, num_classes)] == labels[:, None]).any(axis=1)
     log_scores = log_softmax(logits, axis=1)
     confidences = np.exp(log_scores[rows, order[:, 0]])
-    confusion = confusion_matrix(labels, order[:, 0], labels=np.arange(num_classes))
+    # As sklearn's confusion_matrix, which warns of a single class.
+    confusion = np.bincount(labels * num_classes + order[:, 0], minlength=num_classes**2).reshape(num_classes, num_classes)
     num_of_class = confusion.sum(axis=1)
     return {
         **_accuracies(in_top1, in_top5, confusion),

@@ -100,8 +100,8 @@ def read_scores(path: Path) -> ClipScores:
         table = pq.read_table(path, columns=["key", "label", "scores"])
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{path} cannot be read as scores: {error}; expected a scores.parquet that `evaluate` wrote, with the columns key, "
-            "label and scores"
+            f"{path} cannot be read as scores: {str(error).partition(chr(10))[0]}; expected a scores.parquet that `evaluate` "
+            "wrote, with the columns key, label and scores"
         ) from error
     origin = _origin(path, table.schema.metadata or {})
     lists = table["scores"].combine_chunks()

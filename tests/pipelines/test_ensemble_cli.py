@@ -25,7 +25,7 @@ def runs(tmp_path: Path) -> list[str]:
     paths = []
     for seed in range(3):
         logits = np.random.default_rng(seed).normal(size=(60, 4)) + 1.2 * np.eye(4)[labels]
-        path = tmp_path / "store" / "evaluate" / f"{seed}" * 16 / "scores.parquet"
+        path = tmp_path / "store" / "evaluate" / (str(seed) * 16) / "scores.parquet"
         path.parent.mkdir(parents=True)
         Scores([f"v{row}" for row in range(60)], labels, logits.astype(np.float32)).save(path, Origin(NAMES, "test", "centre"))
         paths.append(str(path))

@@ -119,7 +119,7 @@ def test_saved_scores_can_be_read_back(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "scores.parquet")
     assert table["key"].to_pylist() == ["a", "b"]
     assert table["label"].to_pylist() == [2, None]
-    np.testing.assert_allclose(np.array(table["scores"].to_pylist()), softmax(logits, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(np.array(table["scores"].to_pylist()), softmax(logits.astype(np.float64), axis=1), rtol=1e-12)
 
 
 def test_the_summary_uses_the_label_names() -> None:

@@ -15,7 +15,7 @@ def test_the_numbers_are_those_of_the_loader():
     assert get_args(NumCrops) == NUM_CROPS
 
 
-@pytest.mark.parametrize(("num_clips", "num_crops"), product(NUM_CLIPS, NUM_CROPS))
+@pytest.mark.parametrize(("num_clips", "num_crops"), list(product(NUM_CLIPS, NUM_CROPS)))
 def test_every_grid_has_one_name_and_the_shorter_one_wins(num_clips, num_crops):
     protocol = find_protocol(f"{num_clips}x{num_crops}")
     assert (protocol.num_clips, protocol.num_crops) == (num_clips, num_crops)
