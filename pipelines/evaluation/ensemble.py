@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from infra.errors import ConfigError, DataError
 from pipelines.evaluation.scores import ClipScores, Origin, read_scores
@@ -121,7 +122,7 @@ def describe_ensemble(members: Sequence[Member], together: ClipScores) -> dict[s
     return {"members": rows, "ensemble": {**together.summarise(), **facts}}
 
 
-def _aligned(first: Member, other: Member) -> "np.ndarray[Any, np.dtype[np.float64]]":
+def _aligned(first: Member, other: Member) -> npt.NDArray[np.float64]:
     """The other's scores in the first's order of clips."""
     _require_same_labels(first, other)
     place = {key: row for row, key in enumerate(other.scores.keys)}
@@ -139,7 +140,8 @@ def _aligned(first: Member, other: Member) -> "np.ndarray[Any, np.dtype[np.float
             f"{other.name} has other labels than {first.name} for {len(differ)} clips, such as "
             f"{first.scores.keys[differ[0]]}; average scores of one version of the annotations"
         )
-    return other.scores.scores[rows]
+    scores: npt.NDArray[np.float64] = other.scores.scores[rows]
+    return scores
 
 
 def _require_same_labels(first: Member, other: Member) -> None:
