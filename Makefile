@@ -34,10 +34,11 @@ check: $(STAMP)  ## ruff, format, types, import rules, tests: what CI runs
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m "not slow"
 
-bench: $(STAMP)  ## measure shards, loader, networks and search against their baselines
+bench: $(STAMP)  ## measure shards, loader, networks, evaluation and search against their baselines
 	$(BIN)/python tests/benchmarks/bench_shards.py
 	$(BIN)/python tests/benchmarks/bench_loader.py
 	$(BIN)/python tests/benchmarks/bench_models.py
+	$(BIN)/python tests/benchmarks/bench_evaluation.py
 	$(BIN)/python tests/benchmarks/bench_search.py
 
 format: $(STAMP)  ## rewrite the code in the project's format

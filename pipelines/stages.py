@@ -179,31 +179,30 @@ def train(
 def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate: EvaluateSettings) -> dict[str, Any]:
     """Score every clip of a split once with the best weights; accuracies, confusions, scores.parquet."""
     from pipelines.evaluation.figures import draw_confusion
-    from pipelines.training.job import score_model
+    from pipelines.training.scoring import score_on_cluster
 
-    have = cluster.resources()
-    summary = cluster.call(
-        score_model,
-        num_cpus=max(1.0, min(have["CPU"] // context.at_once, 4.0)),
-        num_gpus=min(have["GPU"], 1.0),
-        arguments={
-            "model_dir": train.path / "model",
-            "shards_place": _place(shards),
-            "settings": evaluate,
-            "scores_path": context.output_dir / "scores.parquet",
-        },
+    summary = score_on_cluster(
+        train.path / "model",
+        _place(shards),
+        evaluate,
+        context.output_dir / "scores.parquet",
+        at_once=context.at_once,
+        on_progress=context.on_progress,
     )
-    metrics = {name: summary[name] for name in ("top1", "top5", "mean_class_accuracy", "loss")}
-    write_json(context.output_dir / "evaluation.json", {**summary, "split": evaluate.split})
+    metrics = {name: summary[name] for name in ("top1", "top5", "mean_class_accuracy", "loss", "ece")}
+    about = {"split": evaluate.split, "protocol": evaluate.protocol, "label_passport": shards.summary["label_passport"]}
+    write_json(context.output_dir / "evaluation.json", {**summary, **about})
     (context.output_dir / "figures").mkdir(exist_ok=True)
     names = read_dataset_info(_place(shards)).label_names
     context.run.log_file(
         draw_confusion(context.output_dir / "figures" / "confusion.png", summary["confusion"], names), "figures"
     )
     context.run.log_file(context.output_dir / "evaluation.json", "tables")
-    context.run.log_metrics({f"test/{name}": value for name, value in metrics.items()})
+    twins = {} if summary["left_right"] is None else {"left_right_confusion": summary["left_right"]["share"]}
+    context.run.log_metrics({f"test/{name}": value for name, value in {**metrics, **twins}.items()})
     _log_input(context, shards, evaluate.split)
     text = f"top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%} on {summary['num_clips']} {evaluate.split} clips"
+    text += "" if evaluate.protocol == "centre" else f", protocol {evaluate.protocol}"
     return {"metrics": metrics, "num_clips": summary["num_clips"], "split": evaluate.split, "text": text}
 
 
@@ -253,7 +252,7 @@ STAGES = [
     Stage("audit", audit, needs=("shards",), version=3),
     Stage("search", search, needs=("shards",), settings=("search", "model", "train"), version=3, takes_cluster=True),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train"), version=2, takes_cluster=True),
-    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=2, takes_cluster=True),
+    Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=3, takes_cluster=True),
     Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), version=2),
 ]
 

@@ -28,7 +28,7 @@ from preprocessing.order import shuffled_rows
 from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
 from preprocessing.shard_cache import ShardCache
 from preprocessing.transforms import Flip, Frame, clip_rng, draw_flip, draw_train_crop, smallest_decoded_size, write_clip
-from preprocessing.views import FrameSampling, NumClips, NumCrops, Sampling, View, spread_views
+from preprocessing.views import FrameSampling, NumClips, NumCrops, Sampling, View, spread_views, view_size
 
 __all__ = ["Batch", "Loader", "ShardSplit", "make_loader", "open_shards"]
 
@@ -74,6 +74,7 @@ def make_loader(
     stride: int = 8,
     num_clips: NumClips = 1,
     num_crops: NumCrops = 1,
+    whole_frames: bool = False,
     augmentation: Augmentation = NO_AUGMENTATION,
     shuffle_shards: int | None = None,
     cache: ShardCache | None = None,
@@ -111,6 +112,7 @@ def make_loader(
         num_videos=len(shards) if subset is None else subset,
         num_clips=num_clips,
         num_crops=num_crops,
+        whole_frames=whole_frames,
         augmentation=augmentation,
         shuffle_shards=shuffle_shards,
         cache=cache,
@@ -145,6 +147,7 @@ class Loader:
         num_clips: of each video in testing; see `views`.
         num_crops: of each clip in testing. 10 shows mirror images, which is refused where labels tell left from right, unless
             `flip` is "naive".
+        whole_frames: show uncropped frames in testing; H and W are then the video's own, so that `batch_size` must be 1.
         augmentation: of training, after crop and flip; testing makes none.
         shuffle_shards: how many shards the training clips that are near each other come from.
         cache: of remote shards; must hold two more than clips come from at a time. None reads just the frames, when needed.
@@ -163,6 +166,7 @@ class Loader:
     num_videos: int
     num_clips: NumClips
     num_crops: NumCrops
+    whole_frames: bool
     augmentation: Augmentation
     shuffle_shards: int
     cache: ShardCache | None
@@ -249,6 +253,8 @@ class Loader:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected one of {allowed}")
         if self.train and self._num_views > 1:
             raise ConfigError(f"{self._num_views} views of a video are for testing; train with num_clips=1 and num_crops=1")
+        if self.whole_frames and (self.train or self.num_crops > 1 or self.batch_size > 1):
+            raise ConfigError("whole_frames is for testing, with num_crops=1 and batch_size=1: frames differ in size")
         turned = [label for label, other in enumerate(self._mirror) if other != label]
         if self.num_crops == 10 and turned and self.flip != "naive":
             raise ConfigError(
@@ -321,11 +327,11 @@ class Loader:
         return rows[start + first : start + last], stop - start
 
     def _plan_batches(self, rows: npt.NDArray[np.int64], epoch: int, first_step: int) -> Iterator["_BatchPlan"]:
-        shape = (self._num_views, self.sampling.num_segments, self.pixels, self.pixels, 3)
         for step in range(first_step, self._num_steps):
             own_rows, num_global = self._rank_rows(rows, step)
             videos = [self.shards.video(row) for row in own_rows.tolist()]
-            views = np.empty((len(videos), *shape), np.uint8)
+            size = view_size(videos[0].height, videos[0].width, self.pixels, self.whole_frames)
+            views = np.empty((len(videos), self._num_views, self.sampling.num_segments, *size, 3), np.uint8)
             yield _BatchPlan(
                 tasks=[
                     functools.partial(self._load_video, video, epoch, out) for video, out in zip(videos, views, strict=True)
@@ -339,8 +345,8 @@ class Loader:
         """Write the pixels of the views of one video into `out`, [V, T, H, W, 3]; return its label as shown."""
         height, width, num_frames, label = video.height, video.width, len(video.frame_sizes), video.label
         if not self.train:
-            views = spread_views(num_frames, height, width, self.sampling, self.pixels, self.num_clips, self.num_crops)
-            self._write_views(video, views, out)
+            counts = self.num_clips, self.num_crops, self.whole_frames
+            self._write_views(video, spread_views(num_frames, height, width, self.sampling, self.pixels, *counts), out)
             return label
         rng = clip_rng(self.seed, epoch, video.key)
         frame_indices = self.sampling.draw(num_frames, rng).tolist()
@@ -353,7 +359,7 @@ class Loader:
     def _write_views(self, video: StoredVideo, views: list[View], out: Frame) -> None:
         height, width = video.height, video.width
         indices = sorted({frame_index for view in views for frame_index in view.frame_indices})
-        size = smallest_decoded_size(views[0].crop, height, width, self.pixels)
+        size = smallest_decoded_size(views[0].crop, height, width, min(out.shape[2:4]))
         frames = dict(zip(indices, self._reader.read_frames(video, indices, size), strict=True))
         for view, clip in zip(views, out, strict=True):
             write_clip([frames[i] for i in view.frame_indices], view.crop, height, width, view.mirrored, clip)

@@ -71,8 +71,13 @@ def draw_train_crop(height: int, width: int, pixels: int, rng: np.random.Generat
     )
 
 
+def scaled_side(pixels: int) -> int:
+    """What a test scales the short side of a frame to before it crops `pixels` x `pixels`: 256 for 224."""
+    return pixels * 256 // 224
+
+
 def centre_crop(height: int, width: int, pixels: int) -> Crop:
-    """The test window: what scaling the short side to `pixels * 256 // 224` and cropping the centre would show.
+    """The test window: what scaling the short side to `scaled_side` and cropping the centre would show.
 
     Args:
         height: of the stored frame, at least 1.
@@ -80,7 +85,7 @@ def centre_crop(height: int, width: int, pixels: int) -> Crop:
         pixels: side of the network's input.
     """
     short_side = min(height, width)
-    side = max(1, round(short_side * pixels / (pixels * 256 // 224)))
+    side = max(1, round(short_side * pixels / scaled_side(pixels)))
     return Crop(top=round((height - side) / 2), left=round((width - side) / 2), height=side, width=side)
 
 

@@ -7,6 +7,7 @@ clips, dense        1: the window in the middle; 2 and 10: windows from the vide
 crops               1: the centre, a square of 224/256 of the short side; 3: squares of the full short side at both ends and in
                     the middle of the long side ("full resolution"); 5: squares of 224/256 in the corners and the centre; 10:
                     these five and their mirror images
+whole frames        nothing is cropped; the short side is scaled to 256 for 224 pixels, the long one with it
 
 Differs from that code: of a frame that is higher than wide TSM's three full crops are one and the same; here they are the top,
 the middle and the bottom.
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from infra.errors import ConfigError
 from preprocessing.segments import dense_indices, segment_indices
-from preprocessing.transforms import Crop, centre_crop
+from preprocessing.transforms import Crop, centre_crop, scaled_side
 
 Sampling = Literal["segments", "dense"]
 NumClips = Literal[1, 2, 10]
@@ -77,8 +78,34 @@ class View:
     mirrored: bool
 
 
+def view_size(height: int, width: int, pixels: int, whole_frames: bool) -> tuple[int, int]:
+    """Height and width at which a network sees the views of a video: `pixels`, or of a whole frame as GSM and TSM scale it.
+
+    Args:
+        height: of the stored frame, at least 1.
+        width: of the stored frame, at least 1.
+        pixels: side of the network's input where it sees crops.
+        whole_frames: whether nothing is cropped.
+
+    Example:
+        >>> view_size(100, 176, 224, whole_frames=True)
+        (256, 450)
+    """
+    if not whole_frames:
+        return pixels, pixels
+    short_side, side = min(height, width), scaled_side(pixels)
+    return side * height // short_side, side * width // short_side
+
+
 def spread_views(
-    num_frames: int, height: int, width: int, sampling: FrameSampling, pixels: int, num_clips: int, num_crops: int
+    num_frames: int,
+    height: int,
+    width: int,
+    sampling: FrameSampling,
+    pixels: int,
+    num_clips: int,
+    num_crops: int,
+    whole_frames: bool = False,
 ) -> list[View]:
     """The `num_clips * num_crops` views of a video in testing, clip by clip; all their crops have the same size.
 
@@ -90,8 +117,10 @@ def spread_views(
         pixels: side of the network's input.
         num_clips: 1, 2 or 10.
         num_crops: 1, 3, 5 or 10.
+        whole_frames: show each clip's whole frames in place of crops.
     """
-    crops = spread_crops(height, width, pixels, num_crops)
+    whole = [(Crop(0, 0, height, width), False)]
+    crops = whole if whole_frames else spread_crops(height, width, pixels, num_crops)
     clips = sampling.spread(num_frames, num_clips)
     return [View(indices.tolist(), crop, mirrored) for indices in clips for crop, mirrored in crops]
 

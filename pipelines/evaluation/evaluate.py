@@ -4,7 +4,7 @@ Heavy imports are inside functions, since every command reads `EvaluateSettings`
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from infra.errors import PipelineError
+from infra.errors import ConfigError, PipelineError
 from infra.progress import OnProgress
 from infra.settings import Settings
-from infra.storage import atomic_path
 from pipelines.evaluation.metrics import summarise
+from pipelines.evaluation.protocols import find_protocol
+from pipelines.evaluation.scores import ClipScores, Origin
 
 if TYPE_CHECKING:
     import torch
@@ -33,18 +34,29 @@ class EvaluateSettings(Settings):
 
     Attributes:
         split: of the shard set; Something-Something's own test split has no labels, so "validation" is what papers report.
-        batch_size: videos at a time; changes speed and memory, not results. Their views wait in memory together: 16 videos at
-            30 views of 8 frames of 224 pixels are 578 MB.
-        loader_threads: that read and decode frames.
-        num_clips: of each video, spread over its time; scores are averaged over clips and crops.
-        num_crops: of each clip: the centre; three of the full short side; corners and centre; these and their mirror images.
+        batch_size: videos at a time; changes speed and memory, not results. Their views wait in memory together, some batches
+            for each worker: 16 videos at 30 views of 8 frames of 224 pixels are 578 MB. Whole frames come one by one.
+        loader_threads: that read and decode frames, of each worker.
+        protocol: which views of a video are shown, whose scores are averaged; see `protocols`.
     """
 
     split: Literal["train", "validation", "test"] = "validation"
     batch_size: int = Field(default=16, ge=1)
     loader_threads: int = Field(default=2, ge=0)
-    num_clips: Literal[1, 2, 10] = 1
-    num_crops: Literal[1, 3, 5, 10] = 1
+    protocol: str = "centre"
+
+    @field_validator("protocol")
+    @classmethod
+    def _one_way_to_say_it(cls, name: str) -> str:
+        try:
+            return find_protocol(name).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def videos_at_a_time(self) -> int:
+        """`batch_size`, or 1 where each video has a size of its own."""
+        return 1 if find_protocol(self.protocol).whole_frames else self.batch_size
 
 
 class Batches(Protocol):
@@ -73,23 +85,18 @@ class Scores:
         """Accuracies, confusions and tables; see `metrics.summarise`."""
         return summarise(self.logits, self.labels, label_names)
 
-    def save(self, path: Path) -> None:
-        """Write a parquet file with a row a clip: key, label (null if unlabelled), scores (list of K floats that sum to 1)."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def save(self, path: Path, origin: Origin) -> None:
+        """Write a parquet file; see `scores`. In float64, so that the order of classes stays that of the logits."""
         from scipy.special import softmax
 
-        num_clips, num_classes = self.logits.shape
-        offsets = pa.array(np.arange(num_clips + 1) * num_classes, pa.int32())
-        table = pa.table(
-            {
-                "key": pa.array(self.keys, pa.string()),
-                "label": pa.array(self.labels, pa.int32(), mask=self.labels < 0),
-                "scores": pa.ListArray.from_arrays(offsets, pa.array(softmax(self.logits, axis=1).ravel())),
-            }
-        )
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary)
+        ClipScores(self.keys, self.labels, softmax(self.logits.astype(np.float64), axis=1), origin).save(path)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of all parts of a split, one after another."""
+    keys = [key for part in parts for key in part.keys]
+    labels, logits = np.concatenate([part.labels for part in parts]), np.concatenate([part.logits for part in parts])
+    return Scores(keys, labels, logits)
 
 
 def score_clips(
@@ -98,6 +105,7 @@ def score_clips(
     device: "torch.device",
     precision: "Precision" = "fp32",
     on_progress: OnProgress | None = None,
+    prepare: "Callable[[torch.Tensor], torch.Tensor] | None" = None,
 ) -> Scores:
     """Run a network over one epoch of a loader, and average the scores of each video's views.
 
@@ -107,6 +115,7 @@ def score_clips(
         device: where to compute.
         precision: the type in which convolutions are computed.
         on_progress: told after each batch.
+        prepare: what makes the network's input of bytes; None for the network's own.
 
     Raises:
         PipelineError: if a clip comes twice, or none comes.
@@ -115,6 +124,7 @@ def score_clips(
 
     from pipelines.training.precision import autocast
 
+    prepare = prepare or model.prepare
     keys: list[str] = []
     labels, logits = [], []
     started = monotonic()
@@ -125,7 +135,7 @@ def score_clips(
             for done, batch in enumerate(loader, start=1):
                 # As many clips at a time as there are videos: memory of the device does not grow with the views.
                 views = batch.clips.chunk(batch.num_views)
-                answers = [model(model.prepare(part.to(device, non_blocking=True))).float() for part in views]
+                answers = [model(prepare(part.to(device, non_blocking=True))).float() for part in views]
                 logits.append(_average_views(torch.cat(answers), batch.num_views).cpu())
                 labels.append(batch.labels)
                 keys += batch.keys

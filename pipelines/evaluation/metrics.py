@@ -6,8 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from infra.errors import DataError, PipelineError
+from pipelines.evaluation.significance import class_accuracy_interval
+from preprocessing.labels import mirror_labels
 
 TOP5 = 5
+NUM_BINS = 15
 _CONFIDENCE = 0.95
 _NUM_WORST_PAIRS = 10
 
@@ -25,10 +28,11 @@ def summarise(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int6
 
     Returns:
         a dict of
-        `top1`, `top5` (of min(5, K)), `mean_class_accuracy`: fractions;
-        `loss`: mean cross-entropy in nats;
+        `top1`, `top5` (of min(5, K)), `mean_class_accuracy`: fractions; the same names with `_interval`: low and high, 95 %,
+        Wilson's, of the last by the bootstrap;
+        `loss`: mean cross-entropy in nats; `ece`: see `calibration_error`; `mean_confidence`: mean score of the answers;
+        `left_right`: see `left_right_confusion`;
         `chance`: 1 / K; `largest_class_share`: what always answering the commonest class would score;
-        `top1_interval`: low and high, Wilson, 95 %;
         `num_clips`, `num_unlabelled`, `num_classes`; `absent_classes`: names;
         `confusion`: counts, rows are true classes and columns answers;
         `per_class`, `worst_pairs`: lists of dicts.
@@ -38,31 +42,31 @@ def summarise(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int6
         PipelineError: if a logit is not finite.
     """
     from scipy.special import log_softmax
-    from sklearn.metrics import confusion_matrix
 
     _require_sound(logits, labels, label_names)
     labelled = labels >= 0
-    num_unlabelled = int((~labelled).sum())
     logits, labels = logits[labelled].astype(np.float64), labels[labelled]
-    num_clips, num_classes = logits.shape
+    (num_clips, num_classes), rows = logits.shape, np.arange(len(labels))
     order = np.argsort(-logits, axis=1, kind="stable")
     in_top1 = order[:, 0] == labels
     in_top5 = (order[:, : min(TOP5, num_classes)] == labels[:, None]).any(axis=1)
-    confusion = confusion_matrix(labels, order[:, 0], labels=np.arange(num_classes))
+    log_scores = log_softmax(logits, axis=1)
+    confidences = np.exp(log_scores[rows, order[:, 0]])
+    # As sklearn's confusion_matrix, which warns of a single class.
+    confusion = np.bincount(labels * num_classes + order[:, 0], minlength=num_classes**2).reshape(num_classes, num_classes)
     num_of_class = confusion.sum(axis=1)
-    present = num_of_class > 0
     return {
-        "top1": float(in_top1.mean()),
-        "top5": float(in_top5.mean()),
-        "mean_class_accuracy": float((confusion.diagonal()[present] / num_of_class[present]).mean()),
-        "loss": float(-log_softmax(logits, axis=1)[np.arange(num_clips), labels].mean()),
+        **_accuracies(in_top1, in_top5, confusion),
+        "loss": float(-log_scores[rows, labels].mean()),
+        "ece": calibration_error(confidences, in_top1),
+        "mean_confidence": float(confidences.mean()),
+        "left_right": left_right_confusion(confusion, label_names),
         "chance": 1 / num_classes,
         "largest_class_share": float(num_of_class.max() / num_clips),
-        "top1_interval": list(wilson_interval(int(in_top1.sum()), num_clips)),
         "num_clips": num_clips,
-        "num_unlabelled": num_unlabelled,
+        "num_unlabelled": len(labelled) - num_clips,
         "num_classes": num_classes,
-        "absent_classes": [name for name, there in zip(label_names, present, strict=True) if not there],
+        "absent_classes": [name for name, count in zip(label_names, num_of_class, strict=True) if not count],
         "confusion": confusion.tolist(),
         "per_class": _per_class(confusion, in_top5, labels, label_names),
         "worst_pairs": _worst_pairs(confusion, label_names),
@@ -83,6 +87,65 @@ def wilson_interval(num_correct: int, num_clips: int) -> tuple[float, float]:
 
     interval = binomtest(num_correct, num_clips).proportion_ci(_CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def calibration_error(confidences: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> float:
+    """How far confidence is from accuracy: the expected calibration error (ECE) of the answers, in 15 bins of equal width.
+
+    Guo et al.: On Calibration of Modern Neural Networks, ICML 2017, https://arxiv.org/abs/1706.04599, equation 3; each bin has
+    its upper end. With few clips it is above 0 also for a calibrated network, so that it has no interval here.
+
+    Args:
+        confidences: the score of each answer, in (0, 1]. Shape: [N].
+        hits: whether it is right. Shape: [N].
+
+    Example:
+        >>> round(calibration_error(np.array([0.9, 0.9, 0.6, 0.6]), np.array([True, True, True, False])), 6)
+        0.1
+    """
+    bins = np.digitize(confidences, np.linspace(0, 1, NUM_BINS + 1)[1:-1], right=True)
+    gaps = np.bincount(bins, weights=confidences - hits)
+    return float(np.abs(gaps).sum() / len(hits))
+
+
+def left_right_confusion(confusion: npt.NDArray[np.int64], label_names: list[str]) -> dict[str, Any] | None:
+    """How often a class that only direction tells from its mirror twin ("left to right", "right to left") is answered with it.
+
+    Args:
+        confusion: counts; rows are true classes, columns answers. Shape: [K, K].
+        label_names: K names, by which twins are known (`preprocessing.labels.mirror_labels`).
+
+    Returns:
+        `num_clips` of classes with a twin, `num_right` and `num_twin` of them, `share` (`num_twin` of `num_clips`), `classes`
+        (their names); None if there is no such clip.
+    """
+    twins = mirror_labels(label_names)
+    pairs = [(label, twin) for label, twin in enumerate(twins) if twin not in (label, -1) and confusion[label].any()]
+    if not pairs:
+        return None
+    num_clips, num_right, num_twin = (
+        int(sum(counts))
+        for counts in zip(*((confusion[a].sum(), confusion[a, a], confusion[a, b]) for a, b in pairs), strict=True)
+    )
+    counts = {"num_clips": num_clips, "num_right": num_right, "num_twin": num_twin}
+    return {**counts, "share": num_twin / num_clips, "classes": [label_names[label] for label, _ in pairs]}
+
+
+def _accuracies(
+    in_top1: npt.NDArray[np.bool_], in_top5: npt.NDArray[np.bool_], confusion: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """The three accuracies, each with its interval."""
+    num_of_class = confusion.sum(axis=1)
+    present = num_of_class > 0
+    num_right, num_of_class = confusion.diagonal()[present], num_of_class[present]
+    return {
+        "top1": float(in_top1.mean()),
+        "top1_interval": list(wilson_interval(int(in_top1.sum()), len(in_top1))),
+        "top5": float(in_top5.mean()),
+        "top5_interval": list(wilson_interval(int(in_top5.sum()), len(in_top5))),
+        "mean_class_accuracy": float((num_right / num_of_class).mean()),
+        "mean_class_accuracy_interval": list(class_accuracy_interval(num_right, num_of_class)),
+    }
 
 
 def _require_sound(logits: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int64], label_names: list[str]) -> None:

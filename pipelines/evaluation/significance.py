@@ -109,6 +109,23 @@ def top1_interval(hits: Hits) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
+def class_accuracy_interval(num_right: npt.NDArray[np.int64], num_clips: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """The 95 % interval of a mean class accuracy, over clips within each class.
+
+    A class's draw is Beta distributed, which is what the Bayesian bootstrap of its clips comes to. The half clip at either end
+    of the scale is shared by all classes: a whole one for each would pull rare classes to the middle.
+
+    Args:
+        num_right: of each class that has clips. Shape: [K].
+        num_clips: of each, at least 1. Shape: [K].
+    """
+    share, shape = _HALF_A_CLIP / len(num_clips), (_NUM_DRAWS, len(num_clips))
+    draws = np.random.default_rng(0).beta(num_right + share, num_clips - num_right + share, size=shape)
+    low, high = _middle(draws.mean(axis=1))
+    found = float((num_right / num_clips).mean())
+    return min(low, found), max(high, found)  # where all clips are right, all draws are below
+
+
 def difference(hits: Hits, baseline: Hits) -> Difference:
     """Compare a network with its baseline on the same clips.
 

@@ -14,6 +14,7 @@ from models import describe_model, model_options
 from pipelines.artifacts import Artifact
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.comparison_figures import draw_top1, draw_variant_curves
+from pipelines.evaluation.protocols import find_protocol
 from pipelines.evaluation.significance import Hits, difference, read_hits, top1_interval
 from pipelines.reports.page import data_uri, percent, write_page
 
@@ -190,7 +191,8 @@ def _doubts(comparison: "Comparison", results: Mapping[str, Any]) -> Iterator[st
         yield "Generated videos: they show that a network sees motion, not how good it is on footage of the world."
     if any(row["published_top1"] is not None for row in results["variants"].values()):
         yield "Published numbers are of other trainings (ImageNet weights, their own number of frames): see the source column."
-    yield "One view a clip: the centre frames and the centre crop."
+    for name in dict.fromkeys(config.evaluate.protocol for config in comparison.variants.values()):
+        yield find_protocol(name).describe()
 
 
 def _changed_rows(comparison: "Comparison", results: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:

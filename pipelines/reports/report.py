@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.evaluation.protocols import find_protocol
 from pipelines.reports.page import data_uri, percent, write_page
 
 FILE_NAME = "index.html"
@@ -20,7 +21,7 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     """The result in one sentence.
 
     Args:
-        evaluation: as `Scores.summarise` gives it, with `split` if it is known.
+        evaluation: as `Scores.summarise` gives it, with `split` and `protocol` if they are known.
 
     Example:
         >>> verdict({"top1": 0.9, "split": "validation", "num_clips": 20, "num_classes": 8, "chance": 0.125})
@@ -37,7 +38,7 @@ def doubts(evaluation: Mapping[str, Any], *, num_trials: int) -> list[str]:
     """Sentences on what the numbers do not show, the gravest first.
 
     Args:
-        evaluation: as `Scores.summarise` gives it, with `split` if it is known.
+        evaluation: as `Scores.summarise` gives it, with `split` and `protocol` if they are known.
         num_trials: of the search that chose the settings.
     """
     return list(_doubts(evaluation, num_trials))
@@ -65,7 +66,7 @@ def write_report(
         dataset: what to say of the data; nested dicts get dotted names.
         search: dict with `trials`, the rows of `tuning.leaderboard`; None if nothing was searched.
         history: epochs as `EpochMetrics.to_json` gives them.
-        evaluation: as `Scores.summarise` gives it, with `split`.
+        evaluation: as `Scores.summarise` gives it, with `split` and `protocol`.
         figures: PNG files by name, in the order of the page; "curves", "confusion" and "search" get captions.
         config_yaml: all settings.
         links: addresses by name.
@@ -81,6 +82,7 @@ def write_report(
         "verdict": verdict(evaluation),
         "doubts": doubts(evaluation, num_trials=len(trials)),
         "evaluation": evaluation,
+        "left_right": _left_right_sentence(evaluation["left_right"]),
         "figures": {name: data_uri(path) for name, path in figures.items()},
         "captions": {name: _CAPTIONS.get(name, "") for name in figures},
         "trials": trials,
@@ -119,7 +121,17 @@ def _doubts(evaluation: Mapping[str, Any], num_trials: int) -> Iterator[str]:
         yield f"Classes without a clip here, left out of the mean class accuracy: {len(absent)} ({names})."
     if evaluation["num_unlabelled"]:
         yield f"Clips without a label, left out: {evaluation['num_unlabelled']}."
-    yield "One view a clip: the centre frames and the centre crop. Published numbers often average several."
+    yield find_protocol(evaluation.get("protocol", "centre")).describe()
+
+
+def _left_right_sentence(found: Mapping[str, Any] | None) -> str:
+    """Of `metrics.left_right_confusion`; "" if no class has a mirror twin."""
+    if found is None:
+        return ""
+    return (
+        f"Left and right: {len(found['classes'])} classes are the mirror image of another one. Of their {found['num_clips']} "
+        f"clips {found['num_right']} are answered right, {found['num_twin']} ({percent(found['share'])}) with that other class."
+    )
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,18 +6,19 @@ model/model.safetensors   the weights of the best epoch
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import DataError
+from infra.errors import DataError, PipelineError
 from infra.settings import Settings, apply_overrides
 from infra.storage import atomic_path, sha256_file, sha256_json, write_json
 from pipelines.training.metrics import EpochMetrics, StepStatus
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from preprocessing.augment import NO_AUGMENTATION, Augmentation
-from preprocessing.loader import Loader, make_loader
+from preprocessing.loader import Batch, Loader, make_loader
 from preprocessing.reader import ShardSplit, open_shards
 from preprocessing.shard_cache import ShardCache
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from models.classifier import VideoClassifier
-    from pipelines.evaluation.evaluate import EvaluateSettings
+    from pipelines.evaluation.evaluate import EvaluateSettings, Scores
     from pipelines.training.loop import TrainResult
 
 MODEL_FORMAT_VERSION = 1
@@ -145,16 +146,64 @@ def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str,
 
 
 def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings", scores_path: Path) -> dict[str, Any]:
-    """Score each clip of a split once; writes `scores_path` (parquet) and returns `Scores.summarise`.
+    """Score each clip of a split once, in this process; writes `scores_path` (parquet) and returns `Scores.summarise`.
 
     Raises:
+        ConfigError, DataError: as `score_part`.
+        PipelineError: as `keep_scores`.
+    """
+    return keep_scores(score_part(model_dir, shards_place, settings), shards_place, settings, scores_path)
+
+
+def keep_scores(scores: "Scores", shards_place: str, settings: "EvaluateSettings", scores_path: Path) -> dict[str, Any]:
+    """Write the scores of a split (parquet, with what they are of) and return `Scores.summarise`.
+
+    Raises:
+        PipelineError: if they are not of every clip once.
+    """
+    from pipelines.evaluation.scores import Origin
+
+    shards = open_shards(shards_place, settings.split)
+    if sorted(scores.keys) != sorted(shards.keys):
+        raise PipelineError(
+            f"found scores of {len(scores.keys)} clips of {len(set(scores.keys))} videos; expected each of the {len(shards)} "
+            f"in split {settings.split} of {shards_place} once; run again"
+        )
+    scores.save(scores_path, Origin(tuple(shards.label_names), settings.split, settings.protocol))
+    return scores.summarise(shards.label_names)
+
+
+def score_part(
+    model_dir: Path,
+    shards_place: str,
+    settings: "EvaluateSettings",
+    part: int = 0,
+    num_parts: int = 1,
+    num_threads: int | None = None,
+) -> "Scores":
+    """Score one part of a split: some of the batches in which one process would see it, so that their numbers are the same.
+
+    Args:
+        model_dir: as `save_model` wrote it.
+        shards_place: of the clips.
+        settings: which split, how, and in what batches.
+        part: from 0.
+        num_parts: at most as many as there are batches.
+        num_threads: of torch; None leaves them alone.
+
+    Raises:
+        ConfigError: if the protocol does not fit the labels.
         DataError: if the network was trained for other labels than those of the shards.
     """
     import torch
 
     from pipelines.evaluation.evaluate import score_clips
+    from pipelines.evaluation.protocols import find_protocol
     from pipelines.training.precision import resolve_precision
+    from pipelines.training.validation import unnormalised
 
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, train, facts = load_model(model_dir)
     shards = open_shards(shards_place, settings.split)
@@ -163,24 +212,57 @@ def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings"
             f"{model_dir} was trained for labels {facts['label_passport']}, {shards_place} has labels {shards.label_passport}; "
             "evaluate on shards with the same label list"
         )
-    loader = make_loader(
+    loader = _evaluation_loader(shards, train, settings)
+    first, stop = (len(loader) * end // num_parts for end in (part, part + 1))
+    model.to(device)
+    as_published = find_protocol(settings.protocol).seed_code
+    return score_clips(
+        model,
+        _Steps(loader, first, stop),
+        device,
+        resolve_precision(train.precision, device),
+        prepare=(lambda clips: unnormalised(model, model.prepare(clips))) if as_published else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The batches `first` to before `stop` of a loader's first epoch."""
+
+    loader: Loader
+    first: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.loader.seek(0, self.first)
+        return islice(self.loader, len(self))
+
+
+def _evaluation_loader(shards: ShardSplit, train: TrainSettings, settings: "EvaluateSettings") -> Loader:
+    """The views of the protocol; those of the published code are of training, and keep the label of a mirrored clip (D7)."""
+    from pipelines.evaluation.protocols import find_protocol
+
+    protocol = find_protocol(settings.protocol)
+    protocol.require_fits(shards.label_names)
+    return make_loader(
         shards,
         num_segments=train.num_segments,
-        batch_size=settings.batch_size,
-        train=False,
+        batch_size=settings.videos_at_a_time,
+        train=protocol.seed_code,
         seed=train.seed,
         num_workers=settings.loader_threads,
         pixels=train.pixels,
+        flip="naive" if protocol.seed_code else "swap",
         sampling=train.sampling,
         stride=train.stride,
-        num_clips=settings.num_clips,
-        num_crops=settings.num_crops,
+        num_clips=protocol.num_clips,
+        num_crops=protocol.num_crops,
+        whole_frames=protocol.whole_frames,
         cache=_shard_cache(train),
     )
-    model.to(device)
-    scores = score_clips(model, loader, device, resolve_precision(train.precision, device))
-    scores.save(scores_path)
-    return scores.summarise(shards.label_names)
 
 
 def job_loader(job: TrainJob, shards: ShardSplit, *, is_train: bool, rank: int, world_size: int) -> Loader:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.evaluation.evaluate import Scores
+from pipelines.evaluation.scores import Origin
 from pipelines.verdict import Question, judge, pose_question, untested, verdict_metrics, verdict_settings
 from tuning.settings import SearchSettings
 from tuning.trials import SearchResult, TrialRecord, best_record
@@ -31,7 +32,7 @@ def train(tmp_path):
             folder = tmp_path / f"{number:05d}"
             folder.mkdir()
             scores = Scores([f"v{clip:03d}" for clip in range(CLIPS)], labels, 4 * np.eye(CLASSES, dtype=np.float32)[answers])
-            scores.save(folder / "scores.parquet")
+            scores.save(folder / "scores.parquet", Origin(tuple("pqrs"), "validation", "centre"))
             records.append(record(number, placement, **{"train.seed": seed}))
         return records
 

@@ -270,6 +270,8 @@ def test_training_needs_labels_and_testing_does_not(tiny_shard_dir):
         ({"num_clips": 3, "train": False}, "num_clips is 3; expected one of 1, 2, 10"),
         ({"num_crops": 2, "train": False}, "num_crops is 2; expected one of 1, 3, 5, 10"),
         ({"num_clips": 2}, "2 views of a video are for testing; train with num_clips=1 and num_crops=1"),
+        ({"whole_frames": True, "train": False}, "whole_frames is for testing, with num_crops=1 and batch_size=1"),
+        ({"whole_frames": True, "batch_size": 1}, "whole_frames is for testing"),
         (
             {"num_crops": 10, "train": False},
             "num_crops is 10, but the mirror image of 'moving left' has another label; use 5, or flip='naive'",
@@ -314,6 +316,21 @@ def test_views_of_a_video_are_adjacent_and_in_order(train_split, num_clips, num_
                 red = (view.crop.left + view.crop.width / 2 - 0.5) / 27 * 250
                 assert (clip[:, 0].mean() - red).abs() <= 4
                 assert bool(clip[0, 0, :, -1].mean() < clip[0, 0, :, 0].mean()) == view.mirrored
+    assert shown == train_split.keys
+
+
+def test_whole_frames_are_shown_from_edge_to_edge(train_split):
+    """Red rises from 0 at the left edge to 250 at the right one."""
+    loader = loader_of(train_split, train=False, batch_size=1, whole_frames=True, num_clips=2, num_workers=2)
+    shown = []
+    for batch in loader:
+        shown += batch.keys
+        assert batch.clips.shape == (2, 4, 3, 18, 25)  # frames of 20 x 28 at 16 pixels, which are cropped from 18
+        assert batch.clips.permute(0, 1, 3, 4, 2).is_contiguous()
+        red, green = batch.clips.float().mean(dim=(0, 1, 3))[:2]
+        assert red[0] < 12
+        assert red[-1] > 238
+        assert (green - 8 * video_of(batch.keys[0])).abs().max() <= 3
     assert shown == train_split.keys
 
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from preprocessing.transforms import centre_crop
-from preprocessing.views import FrameSampling, spread_crops, spread_views
+from preprocessing.transforms import Crop, centre_crop, scaled_side
+from preprocessing.views import FrameSampling, spread_crops, spread_views, view_size
 
 lengths = st.integers(1, 400)
 counts = st.integers(1, 16)
@@ -72,6 +72,22 @@ def test_views_go_clip_by_clip():
     views = spread_views(40, 100, 132, sampling, 64, 2, 3)
     assert [view.frame_indices for view in views] == [[5, 15, 25, 35]] * 3 + [[0, 10, 20, 30]] * 3
     assert [view.crop for view in views[:3]] == [view.crop for view in views[3:]]
+
+
+@given(height=sides, width=sides, pixels=st.integers(8, 300))
+def test_a_whole_frame_keeps_its_shape_and_has_the_short_side_of_the_crop(height, width, pixels):
+    size = view_size(height, width, pixels, whole_frames=True)
+    assert min(size) == scaled_side(pixels)
+    # torchvision's Resize to a short side, which GSM and TSM use
+    assert max(size) == int(scaled_side(pixels) * max(height, width) / min(height, width))
+    assert (size[0] >= size[1]) == (height >= width) or size[0] == size[1]
+    assert view_size(height, width, pixels, whole_frames=False) == (pixels, pixels)
+
+
+def test_a_whole_frame_is_one_view_a_clip():
+    views = spread_views(40, 100, 132, FrameSampling(4), 64, 2, 1, whole_frames=True)
+    assert [view.crop for view in views] == [Crop(0, 0, 100, 132)] * 2
+    assert not any(view.mirrored for view in views)
 
 
 @pytest.mark.parametrize(

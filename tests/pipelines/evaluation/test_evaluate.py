@@ -10,8 +10,10 @@ import torch
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from infra.errors import PipelineError
-from pipelines.evaluation.evaluate import Scores, score_clips
+from infra.errors import ConfigError, PipelineError
+from infra.settings import apply_overrides
+from pipelines.evaluation.evaluate import EvaluateSettings, Scores, join_scores, score_clips
+from pipelines.evaluation.scores import Origin, read_scores
 from preprocessing.loader import Batch
 
 
@@ -111,16 +113,61 @@ def test_no_clips_are_an_error(clips: Tensor) -> None:
 
 def test_saved_scores_can_be_read_back(tmp_path: Path) -> None:
     logits = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 100.0]], np.float32)
-    Scores(["a", "b"], np.array([2, -1]), logits).save(tmp_path / "scores.parquet")
+    origin = Origin(("x", "y", "z"), "validation", "centre")
+    Scores(["a", "b"], np.array([2, -1]), logits).save(tmp_path / "scores.parquet", origin)
+    assert read_scores(tmp_path / "scores.parquet").origin == origin
     table = pq.read_table(tmp_path / "scores.parquet")
     assert table["key"].to_pylist() == ["a", "b"]
     assert table["label"].to_pylist() == [2, None]
-    np.testing.assert_allclose(np.array(table["scores"].to_pylist()), softmax(logits, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(np.array(table["scores"].to_pylist()), softmax(logits.astype(np.float64), axis=1), rtol=1e-12)
 
 
 def test_the_summary_uses_the_label_names() -> None:
     scores = Scores(["a", "b"], np.array([0, 0]), np.array([[2.0, 1.0], [1.0, 2.0]], np.float32))
     assert scores.summarise(["up", "down"])["worst_pairs"][0]["answer"] == "down"
+
+
+def test_a_file_says_the_same_as_the_logits(tmp_path: Path) -> None:
+    """Also where one score is near 1: rounded to float32 the others would tie, and top-5 would be chance."""
+    rng = np.random.default_rng(0)
+    names = tuple(f"c{index}" for index in range(20))
+    logits = (rng.normal(size=(50, 20)) * 60).astype(np.float32)
+    scores = Scores([f"v{index}" for index in range(50)], rng.integers(0, 20, 50), logits)
+    scores.save(tmp_path / "scores.parquet", Origin(names, "validation", "centre"))
+    live, read = scores.summarise(list(names)), read_scores(tmp_path / "scores.parquet").summarise()
+    for name in ("loss", "ece", "mean_confidence"):
+        assert read.pop(name) == pytest.approx(live.pop(name), rel=1e-9)
+    assert read == live
+
+
+def test_parts_are_joined_in_their_order(clips: Tensor) -> None:
+    model = TinyClassifier()
+    whole = score_clips(model, FixedBatches(clips, 3), CPU)
+    parts = [
+        Scores(whole.keys[start:stop], whole.labels[start:stop], whole.logits[start:stop]) for start, stop in ((0, 3), (3, 7))
+    ]
+    joined = join_scores(parts)
+    assert joined.keys == whole.keys
+    assert np.array_equal(joined.labels, whole.labels)
+    assert np.array_equal(joined.logits, whole.logits)
+
+
+def test_the_networks_input_can_be_made_otherwise(clips: Tensor) -> None:
+    model = TinyClassifier()
+    found = score_clips(model, FixedBatches(clips, 3), CPU, prepare=lambda part: model.prepare(part) + 1)
+    with torch.no_grad():
+        expected = model.eval()(model.prepare(clips) + 1)
+    np.testing.assert_allclose(found.logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_protocol_has_one_name_in_the_settings() -> None:
+    assert EvaluateSettings(protocol="1x1") == EvaluateSettings()
+    assert apply_overrides(EvaluateSettings(), {"protocol": "1x3"}).protocol == "3crops"
+    assert [EvaluateSettings(protocol=name).videos_at_a_time for name in ("centre", "10x3", "full")] == [16, 16, 1]
+    with pytest.raises(
+        ConfigError, match=r"protocol: found protocol '4crops'; expected one of centre, 2clips, .*seed_code, or"
+    ):
+        apply_overrides(EvaluateSettings(), {"protocol": "4crops"})
 
 
 def test_reading_the_settings_loads_no_torch() -> None:

@@ -2,12 +2,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
+from torchmetrics.functional import classification as theirs
 
 from infra.errors import DataError, PipelineError
-from pipelines.evaluation.metrics import summarise, wilson_interval
+from pipelines.evaluation.metrics import NUM_BINS, calibration_error, summarise, wilson_interval
 
 
 def names(num_classes: int) -> list[str]:
@@ -61,6 +63,88 @@ def test_numbers_agree_with_sklearn(seed: int, num_clips: int, num_classes: int)
     json.dumps(found, allow_nan=False)
 
 
+@st.composite
+def edge_inputs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Logits with many ties, labels of which some classes are absent; also one class alone."""
+    num_classes, num_clips = draw(st.integers(1, 9)), draw(st.integers(1, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits = rng.integers(-2, 3, size=(num_clips, num_classes)).astype(np.float32)
+    labels = rng.integers(0, draw(st.integers(1, num_classes)), num_clips)
+    return logits, labels, num_classes
+
+
+@settings(max_examples=60)
+@given(edge_inputs())
+def test_ties_absent_classes_and_one_class_agree_with_sklearn(inputs: tuple[np.ndarray, np.ndarray, int]) -> None:
+    logits, labels, num_classes = inputs
+    found = summarise(logits, labels, names(num_classes))
+    own = logits[np.arange(len(labels)), labels]
+    # How many classes come before the true one: sklearn decides ties by chance, we by the class id.
+    is_lower = np.arange(num_classes) < labels[:, None]
+    rank = ((logits > own[:, None]) | ((logits == own[:, None]) & is_lower)).sum(axis=1)
+    assert found["top1"] == pytest.approx((rank == 0).mean())
+    assert found["top5"] == pytest.approx((rank < 5).mean())
+    answers, present = logits.argmax(axis=1), np.unique(labels)
+    assert found["mean_class_accuracy"] == pytest.approx(recall_score(labels, answers, labels=present, average="macro"))
+    if num_classes > 1:  # sklearn warns of one
+        assert found["confusion"] == confusion_matrix(labels, answers, labels=np.arange(num_classes)).tolist()
+    assert found["absent_classes"] == [f"class {label}" for label in range(num_classes) if label not in present]
+    for name in ("top1", "top5", "mean_class_accuracy"):
+        low, high = found[f"{name}_interval"]
+        assert 0 <= low <= found[name] <= high <= 1
+    json.dumps(found, allow_nan=False)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(2, 12))
+def test_numbers_agree_with_torchmetrics(seed: int, num_clips: int, num_classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(num_clips, num_classes)) * 2)
+    labels = torch.from_numpy(rng.integers(0, num_classes, num_clips))
+    found = summarise(logits.numpy(), labels.numpy(), names(num_classes))
+    scores = logits.softmax(dim=1)
+    for name, top_k in (("top1", 1), ("top5", min(5, num_classes))):
+        expected = theirs.multiclass_accuracy(scores, labels, num_classes, average="micro", top_k=top_k)
+        assert found[name] == pytest.approx(expected.item(), abs=1e-6)
+    of_class = theirs.multiclass_accuracy(scores, labels, num_classes, average="none")[labels.unique()]
+    assert found["mean_class_accuracy"] == pytest.approx(of_class.mean().item(), abs=1e-6)
+    assert found["confusion"] == theirs.multiclass_confusion_matrix(scores, labels, num_classes).tolist()
+    expected = theirs.multiclass_calibration_error(scores, labels, num_classes, n_bins=NUM_BINS, norm="l1")
+    assert found["ece"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.floats(1e-6, 1), st.booleans()), min_size=1, max_size=50))
+def test_the_calibration_error_is_that_of_its_formula(answers: list[tuple[float, bool]]) -> None:
+    confidences, hits = (np.array(column) for column in zip(*answers, strict=True))
+    expected = 0.0
+    for number in range(NUM_BINS):
+        edges = np.linspace(0, 1, NUM_BINS + 1)[number : number + 2]
+        inside = (confidences > edges[0]) & (confidences <= edges[1])
+        if inside.any():
+            expected += inside.mean() * abs(hits[inside].mean() - confidences[inside].mean())
+    found = calibration_error(confidences, hits)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert 0 <= found <= 1
+
+
+def test_who_is_sure_and_right_is_calibrated_and_who_is_sure_and_wrong_is_not() -> None:
+    sure = np.eye(4) * 50
+    assert summarise(sure, np.arange(4), names(4))["ece"] == pytest.approx(0, abs=1e-12)
+    assert summarise(sure, np.array([1, 2, 3, 0]), names(4))["ece"] == pytest.approx(1)
+
+
+def test_left_and_right_are_counted_where_the_names_are_mirror_twins() -> None:
+    labels = ["turning left", "turning right", "clockwise", "going left", "up"]  # two have no twin here
+    answers = np.array([0, 0, 1, 4, 1, 0, 3, 2, 4])
+    truth = np.array([0, 0, 0, 0, 1, 1, 3, 2, 4])
+    found = summarise(np.eye(5)[answers], truth, labels)["left_right"]
+    assert found == {"num_clips": 6, "num_right": 3, "num_twin": 2, "share": 1 / 3, "classes": labels[:2]}
+    assert summarise(np.eye(5), np.arange(5), names(5))["left_right"] is None
+    only_others = summarise(np.eye(5)[[2, 4]], np.array([2, 4]), labels)
+    assert only_others["left_right"] is None  # no clip of such a class
+
+
 def test_clips_without_a_label_do_not_count() -> None:
     logits = np.eye(3, dtype=np.float32)
     with_unlabelled = summarise(np.concatenate([logits, logits]), np.array([0, 1, 2, -1, -1, -1]), names(3))
@@ -86,6 +170,8 @@ def test_huge_logits_do_not_overflow() -> None:
     [
         (np.zeros((2, 3)), [-1, -1], DataError, r"none of 2 clips has a label; expected .* --set evaluate.split=validation"),
         (np.full((2, 3), np.nan), [0, 1], PipelineError, r"2 of 2 clips have scores that are not finite; .* diverged"),
+        (np.array([[0, 1, np.inf], [0, 1, 2]]), [0, 1], PipelineError, r"1 of 2 clips have scores that are not finite"),
+        (np.array([[0, 1, 2], [0, np.nan, 2]]), [0, -1], PipelineError, r"1 of 2 clips have scores that are not finite"),
         (np.zeros((2, 4)), [0, 1], DataError, r"shape \[2, 4\]; expected \[2, 3\] .* the same shard set"),
         (np.zeros((2, 3)), [0, 3], DataError, r"found label 3; expected at most 2, .* run the shards stage again"),
     ],

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import beta, norm
 
 from infra.errors import PipelineError
-from pipelines.evaluation.significance import Difference, difference, mcnemar, top1_interval
+from pipelines.evaluation.significance import Difference, class_accuracy_interval, difference, mcnemar, top1_interval
 
 
 def draw_hits(rng, ability, num_seeds, num_clips, seed_spread=0.0, difficulty=None):
@@ -132,6 +132,30 @@ def test_mcnemar_asks_only_the_clips_that_tell_the_two_apart(gained, lost):
 )
 def test_the_sentence_says_what_was_found(found, expected):
     assert found.sentence("a", "b") == expected
+
+
+@pytest.mark.parametrize(("num_right", "num_clips"), [(7, 10), (40, 200), (1, 2)])
+def test_the_interval_of_one_class_is_jeffreys(num_right, num_clips):
+    found = class_accuracy_interval(np.array([num_right]), np.array([num_clips]))
+    expected = beta.ppf([0.025, 0.975], num_right + 0.5, num_clips - num_right + 0.5)
+    assert found == pytest.approx(tuple(expected), abs=0.01)
+
+
+def test_the_interval_of_the_mean_class_accuracy_covers_the_truth():
+    rng = np.random.default_rng(3)
+    accuracies, num_clips = np.array([0.95, 0.8, 0.5, 0.3, 0.1]), np.array([60, 8, 30, 4, 20])
+    covered = 0
+    for _ in range(100):
+        low, high = class_accuracy_interval(rng.binomial(num_clips, accuracies), num_clips)
+        covered += low <= accuracies.mean() <= high
+    assert 86 <= covered <= 100
+
+
+def test_classes_that_are_all_right_have_an_interval_that_is_neither_empty_nor_wide():
+    num_clips = np.full(174, 60)
+    low, high = class_accuracy_interval(num_clips, num_clips)
+    assert high == 1
+    assert 0.999 < low < 1
 
 
 def test_other_clips_are_refused():

@@ -9,6 +9,7 @@ from infra.settings import apply_overrides
 from pipelines.artifacts import Artifact
 from pipelines.comparison import Comparison, Trained
 from pipelines.evaluation.evaluate import Scores
+from pipelines.evaluation.scores import Origin
 from pipelines.experiments import find_experiment
 from pipelines.reports.comparison import compare_trained, doubts, write_comparison
 
@@ -44,7 +45,7 @@ def _artifacts(folder: Path, share: float, num_clips: int, seed: int) -> tuple[A
     scores = Scores(
         [f"v{number:04d}" for number in order], labels[order], 4 * np.eye(CLASSES, dtype=np.float32)[answers[order]]
     )
-    scores.save(folder / "evaluate" / "scores.parquet")
+    scores.save(folder / "evaluate" / "scores.parquet", Origin(tuple("pqrs"), "validation", "centre"))
     summary = scores.summarise(["p", "q", "r", "s"])
     (folder / "evaluate" / "evaluation.json").write_text(json.dumps(summary))
     history = [
@@ -151,6 +152,7 @@ def test_the_page_says_the_verdict_first_and_holds_all_numbers(make, tmp_path, r
         ((0,), {}, "The same clips chose the best epoch"),
         ((0,), {}, "Generated videos"),
         ((0,), {"evaluate.split": "train"}, "memory, not skill"),
+        ((0,), {"evaluate.protocol": "2x3"}, "The mean over 6 views of a video"),
     ],
 )
 def test_doubts_fit_the_comparison(make, seeds, changes, expected):

@@ -83,6 +83,8 @@ def test_the_page_says_what_came_out_first(report: Path, read_page: Callable[[Pa
     assert order == sorted(order)
     for part in ("sagsm run", "2.2 min", "cached", "+0.0400", "-0.0800", "counts.kept", "Worst pairs", "mean class accuracy"):
         assert part in text
+    for part in ("calibration error", "Mean confidence", "Left and right: 2 classes are the mirror image of another one."):
+        assert part in text
     assert page.tags.count("img") == 3
 
 
@@ -120,6 +122,19 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path, hostile_names: lis
 def test_doubts_fit_the_numbers(hostile_names: list[str], num_right: int, split: str, num_trials: int, expected: str) -> None:
     found = doubts(make_evaluation(hostile_names, 32, num_right, split), num_trials=num_trials)
     assert any(expected in doubt for doubt in found), found
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        ("centre", "One view a clip: the centre frames and the centre crop."),
+        ("10x3", "The mean over 30 views of a video (10 in time, 3 in space)"),
+        ("seed_code", "One random view a clip, without mean and deviation, as the published code validates"),
+    ],
+)
+def test_doubts_say_what_was_shown(hostile_names: list[str], protocol: str, expected: str) -> None:
+    found = doubts(make_evaluation(hostile_names, 32, 20) | {"protocol": protocol}, num_trials=0)
+    assert found[-1].startswith(expected)
 
 
 def test_a_good_result_on_a_test_split_is_not_called_chance(hostile_names: list[str]) -> None:

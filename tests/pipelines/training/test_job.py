@@ -1,11 +1,18 @@
+import json
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from infra.errors import ConfigError
-from pipelines.training.job import TrainJob, load_model, save_model, train_job
-from pipelines.training.settings import ModelSettings, TrainSettings
+from infra.errors import ConfigError, DataError, PipelineError
+from pipelines.evaluation.evaluate import EvaluateSettings, join_scores
+from pipelines.evaluation.scores import read_scores
+from pipelines.training.job import TrainJob, keep_scores, load_model, save_model, score_model, score_part, train_job
+from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from pipelines.training.trial import trial_job
 from preprocessing.clip_ledger import ClipLedger
+from preprocessing.loader import make_loader
 from preprocessing.reader import open_shards
 from tuning.settings import SearchSettings
 
@@ -74,3 +81,93 @@ def test_sampling_and_augmentation_reach_the_clips_that_are_trained_on(shards_di
         assert changed_train != train, changes
         assert same_val == pytest.approx(val, abs=1e-9), changes
     assert losses(sampling="dense", stride=1)[1] != pytest.approx(val, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def model_dir(shards_dir, tmp_path_factory):
+    """A network that was not trained, but answers differently for each clip; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    job = job_of(shards_dir, seed=3, precision="fp32")
+    torch.manual_seed(1)
+    model = build_model(job.model, num_classes=2, num_segments=2)
+    torch.nn.init.normal_(model.new_fc.weight, std=0.3)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    save_model(folder / "model", job, folder / "weights.safetensors")
+    return folder / "model"
+
+
+def same(scores, others):
+    return (
+        scores.keys == others.keys
+        and np.array_equal(scores.labels, others.labels)
+        and np.array_equal(scores.logits, others.logits)
+    )
+
+
+@pytest.mark.parametrize("protocol", ["centre", "full", "seed_code"])
+def test_parts_of_a_split_have_the_numbers_of_the_whole_to_the_last_bit(shards_dir, model_dir, protocol):
+    """8 clips, at most 3 at a time, are 3 batches, which two parts cannot share evenly; whole frames come one by one."""
+    settings = EvaluateSettings(batch_size=3, protocol=protocol)
+    whole = score_part(model_dir, str(shards_dir), settings)
+    parts = [score_part(model_dir, str(shards_dir), settings, part, 2) for part in range(2)]
+    assert [len(part.keys) for part in parts] == ([4, 4] if protocol == "full" else [3, 5])
+    assert same(join_scores(parts), whole)
+    assert sorted(whole.keys) == sorted(open_shards(shards_dir, "validation").keys)
+
+
+def test_each_protocol_shows_something_else_and_keeps_what_it_was(shards_dir, model_dir, tmp_path):
+    """`batch_size` changes nothing but rounding, labels are those of the videos, and the file names the protocol."""
+    found = {}
+    shards = open_shards(shards_dir, "validation")
+    labels = dict(zip(shards.keys, shards.labels, strict=True))
+    for protocol in ("centre", "2clips", "3crops", "10crops", "full", "2x3", "seed_code"):
+        settings = EvaluateSettings(batch_size=7, protocol=protocol)
+        score_model(model_dir, str(shards_dir), settings, tmp_path / "scores.parquet")
+        scores = read_scores(tmp_path / "scores.parquet")
+        assert (scores.origin.protocol, scores.origin.split) == (protocol, "validation")
+        assert dict(zip(scores.keys, scores.labels.tolist(), strict=True)) == labels
+        found[protocol] = dict(zip(scores.keys, scores.scores[:, 0], strict=True))
+    columns = np.array([[scores[key] for key in sorted(labels)] for scores in found.values()])
+    distance = np.abs(columns[:, None] - columns[None]).max(axis=2) + np.eye(len(found))
+    assert distance.min() > 1e-5, distance
+    other = EvaluateSettings(batch_size=2, protocol="seed_code")
+    again = score_part(model_dir, str(shards_dir), other)
+    np.testing.assert_allclose(
+        torch.from_numpy(again.logits).softmax(1)[:, 0], [found["seed_code"][key] for key in again.keys], atol=1e-5
+    )
+
+
+def test_the_protocol_of_the_seed_code_has_no_mean_and_deviation(shards_dir, model_dir):
+    """A network of the published input format is shown bytes; ours is shown bytes / 255, as `val_protocol` says."""
+    settings = EvaluateSettings(protocol="seed_code")
+    model, train, _ = load_model(model_dir)
+    loader = make_loader(
+        open_shards(shards_dir, "validation"),
+        num_segments=2,
+        batch_size=16,
+        train=True,
+        seed=3,
+        pixels=train.pixels,
+        flip="naive",
+    )
+    [batch] = loader
+    with torch.inference_mode():
+        expected = model(batch.clips.float() / 255)
+    found = score_part(model_dir, str(shards_dir), settings)
+    assert found.keys == batch.keys
+    np.testing.assert_allclose(found.logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused_by_name(shards_dir, model_dir, tmp_path):
+    settings = EvaluateSettings(split="train")
+    scores = score_part(model_dir, str(shards_dir), settings, 0, 2)
+    with pytest.raises(
+        PipelineError, match=r"found scores of 12 clips of 12 videos; expected each of the 24 in split train of"
+    ):
+        keep_scores(scores, str(shards_dir), settings, tmp_path / "scores.parquet")
+    assert not (tmp_path / "scores.parquet").exists()
+    (tmp_path / "model.safetensors").symlink_to(model_dir / "model.safetensors")
+    facts = json.loads((model_dir / "model.json").read_bytes()) | {"label_passport": "0" * 16}
+    (tmp_path / "model.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=r"was trained for labels 0{16}, .* has labels [0-9a-f]{16}; evaluate on shards with"):
+        score_part(tmp_path, str(shards_dir), settings)
