@@ -1,4 +1,4 @@
-"""The command line: `sagsm plan | run | experiments | models | ui | shards`.
+"""The command line: `sagsm plan | run | experiments | models | ui | predict | shards`.
 
 Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
 standard error. Errors that a user can mend are one message and exit code 2.
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from infra.errors import SagsmError
+from pipelines.predict_cli import predict
 from pipelines.printing import print_json, print_table
 from pipelines.shards_cli import shards_app
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(shards_app, name="shards")
+app.command()(predict)
 
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `sagsm experiments` lists them.")]
 SetOption = Annotated[
