@@ -35,7 +35,7 @@ class Prediction:
     """What a network says of one video, or why it says nothing.
 
     Attributes:
-        path: of the video, as it was given.
+        path: of the video, as `readable` writes it.
         logits: float32, before softmax; None if the video was rejected. Shape: [K].
         reason: a code of preprocessing/FORMAT.md, "" unless the video was rejected.
         detail: what was found then.
@@ -45,6 +45,11 @@ class Prediction:
     logits: npt.NDArray[np.float32] | None
     reason: str = ""
     detail: str = ""
+
+    @staticmethod
+    def readable(path: Path) -> str:
+        """A path as text, whatever bytes its name has: what is no UTF-8 is escaped."""
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -87,12 +92,12 @@ class Predictor:
         try:
             video = read_video(path, self.decoding)
         except VideoRejectedError as error:
-            return Prediction(str(path), None, error.reason, error.detail)
+            return Prediction(Prediction.readable(path), None, error.reason, error.detail)
         clip = torch.from_numpy(centre_clip(video, self.sampling, self.pixels))
         clips = clip.unsqueeze(0).permute(0, 1, 4, 2, 3).to(self.device)
         with torch.inference_mode(), autocast(self.precision, self.device):
             logits = self.model(self.model.prepare(clips)).float()
-        return Prediction(str(path), logits[0].cpu().numpy())
+        return Prediction(Prediction.readable(path), logits[0].cpu().numpy())
 
     def describe(self, prediction: Prediction, count: int) -> dict[str, Any]:
         """A prediction as plain data: path, status ("ok" or "rejected"), reason, detail, and the `count` best classes."""

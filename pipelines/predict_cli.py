@@ -1,37 +1,63 @@
-"""`sagsm predict`: ask a trained network about videos."""
+"""`sagsm predict`: ask a trained network about some videos, or about many on Ray."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from infra.errors import DataError, PipelineError
+from infra.errors import ConfigError, DataError, PipelineError
 from pipelines.printing import print_json, print_table
 
 
 def predict(
     videos: Annotated[
-        list[Path], typer.Argument(metavar="VIDEO...", help="Video files, or folders of JPEG frames (00001.jpg, ...).")
+        list[Path],
+        typer.Argument(
+            metavar="VIDEO...",
+            help="Video files, or folders of JPEG frames (00001.jpg, ...); with --output also folders of videos.",
+        ),
     ],
     model: Annotated[
-        str, typer.Option("--model", metavar="PATH", help="The folder of a train stage, as `sagsm plan` names it with --json.")
+        str, typer.Option("--model", metavar="PATH", help="The folder of a train stage, as `sagsm plan --json` names it.")
     ],
     top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many classes to show.")] = 5,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE.parquet", help="Ask on Ray; a row for every video, broken ones with a reason."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="ADDR", help="A running Ray cluster; otherwise one starts on this machine."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Show the most probable classes of videos, by the network of a finished training; exit code 2 when a video is broken.
 
     Example: sagsm predict --model work/store/train/0123456789abcdef clip.mp4
     """
-    from pipelines.predict import load_predictor
-
     try:
-        predictor = load_predictor(Path(model))
-        found = [predictor.describe(predictor.predict(video), top) for video in videos]
+        if output is not None:
+            _predict_many(Path(model), videos, output, top, address, as_json)
+        else:
+            _predict_some(Path(model), videos, top, as_json)
     except OSError as error:
         raise PipelineError(f"{error}; check the path, its permissions and the free space, then run again") from error
+
+
+def _predict_some(model: Path, videos: list[Path], top: int, as_json: bool) -> None:
+    from pipelines.batch_predict import holds_videos
+    from pipelines.predict import load_predictor
+
+    for video in videos:
+        if holds_videos(video):
+            raise ConfigError(
+                f"{video} is a folder without frames named 00001.jpg, 00002.jpg, ...; if it holds videos, say with --output "
+                "FILE.parquet where their predictions go"
+            )
+    predictor = load_predictor(model)
+    found = [predictor.describe(predictor.predict(video), top) for video in videos]
     if as_json:
-        print_json({"model": model, "videos": found})
+        print_json({"model": str(model), "videos": found})
     elif rows := [row for video in found for row in _rows(video)]:
         print_table(("video", "rank", "class", "probability"), rows)
     broken = [f"{video['path']} ({video['reason']}: {video['detail']})" for video in found if video["status"] == "rejected"]
@@ -40,6 +66,22 @@ def predict(
             f"{len(broken)} of {len(found)} videos cannot be used: {'; '.join(broken)}; expected video files that ffmpeg can "
             "read, or folders of frames named 00001.jpg, 00002.jpg, ...; preprocessing/FORMAT.md explains the reasons"
         )
+
+
+def _predict_many(model: Path, places: list[Path], output: Path, top: int, address: str | None, as_json: bool) -> None:
+    from infra import cluster
+    from infra.progress import StageProgress
+    from pipelines.batch_predict import find_videos, predict_to_parquet
+
+    videos = find_videos(places)
+    with cluster.session(address), StageProgress() as progress:
+        counts = predict_to_parquet(model, videos, output, top, progress.for_stage("predict"))
+    num_ok = counts.pop("ok", 0)
+    if as_json:
+        print_json({"output": str(output), "ok": num_ok, "rejected": len(videos) - num_ok, "by_reason": counts})
+        return
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none"
+    print(f"{output}: {len(videos):,} videos, of which rejected: {reasons}")
 
 
 def _rows(video: dict[str, Any]) -> list[tuple[str, ...]]:
