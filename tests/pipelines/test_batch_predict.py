@@ -1,7 +1,6 @@
 """Many videos into one Parquet file: every one has a row, in a fixed order, with the numbers that it gets alone."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +34,7 @@ def folder(asked, tmp_path):
     (root / "cover.jpg").write_bytes((asked.raw / "frames" / "00001.jpg").read_bytes())
     (root / "notes.txt").write_text("no video")
     (root / "empty.mp4").touch()
-    os.symlink(root, root / "more" / "loop")
+    (root / "more" / "loop").symlink_to(root)
     (root / ".hidden.mp4").write_text("not looked at")
     return root
 
