@@ -1,5 +1,8 @@
 """`sagsm predict`: ask a trained network about some videos, or about many on Ray."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +21,12 @@ def predict(
         ),
     ],
     model: Annotated[
-        str, typer.Option("--model", metavar="PATH", help="The folder of a train stage, as `sagsm plan --json` names it.")
+        str,
+        typer.Option(
+            "--model",
+            metavar="PATH|models:/NAME@ALIAS",
+            help="The folder of a train stage, as `sagsm plan --json` names it, or a network in MLflow's registry.",
+        ),
     ],
     top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many classes to show.")] = 5,
     output: Annotated[
@@ -29,19 +37,34 @@ def predict(
         str | None,
         typer.Option("--address", metavar="ADDR", help="A running Ray cluster; otherwise one starts on this machine."),
     ] = None,
+    workdir: Annotated[Path, typer.Option("--workdir", metavar="DIR", help="Holds the embedded MLflow.")] = Path("work"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
     """Show the most probable classes of videos, by the network of a finished training; exit code 2 when a video is broken.
 
-    Example: sagsm predict --model work/store/train/0123456789abcdef clip.mp4
+    Example: sagsm predict --model models:/sagsm-demo@newest clip.mp4
     """
     try:
-        if output is not None:
-            _predict_many(Path(model), videos, output, top, address, as_json)
-        else:
-            _predict_some(Path(model), videos, top, as_json)
+        with _files(model, workdir) as files:
+            if output is not None:
+                _predict_many(files, videos, output, top, address, as_json)
+            else:
+                _predict_some(files, videos, top, as_json)
     except OSError as error:
         raise PipelineError(f"{error}; check the path, its permissions and the free space, then run again") from error
+
+
+@contextmanager
+def _files(model: str, workdir: Path) -> Iterator[Path]:
+    """The folder of the network's files; those of a registered one are fetched for as long as the block lasts."""
+    if not model.startswith("models:/"):
+        yield Path(model)
+        return
+    from infra.tracking import download_model, tracking_uri
+
+    # In the work directory, since workers on other nodes must see them too.
+    with tempfile.TemporaryDirectory(prefix=".tmp-model-", dir=workdir if workdir.is_dir() else None) as folder:
+        yield download_model(tracking_uri(workdir), model, Path(folder))
 
 
 def _predict_some(model: Path, videos: list[Path], top: int, as_json: bool) -> None:
@@ -57,7 +80,7 @@ def _predict_some(model: Path, videos: list[Path], top: int, as_json: bool) -> N
     predictor = load_predictor(model)
     found = [predictor.describe(predictor.predict(video), top) for video in videos]
     if as_json:
-        print_json({"model": str(model), "videos": found})
+        print_json({"videos": found})
     elif rows := [row for video in found for row in _rows(video)]:
         print_table(("video", "rank", "class", "probability"), rows)
     broken = [f"{video['path']} ({video['reason']}: {video['detail']})" for video in found if video["status"] == "rejected"]

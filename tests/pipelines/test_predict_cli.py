@@ -1,6 +1,7 @@
 """`sagsm predict`: what it prints, and that a broken video is one message with exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipelines.cli import app
 from pipelines.predict import load_predictor
 from preprocessing.synthetic import LABEL_NAMES
 
+README = Path(__file__).parents[2] / "README.md"
 SAGSM = str(Path(sys.executable).with_name("sagsm"))
 
 
@@ -48,6 +50,13 @@ def test_a_broken_video_is_named_after_the_others_were_answered(asked, tmp_path)
     message = str(result.exception)
     assert message.startswith(f"1 of 2 videos cannot be used: {tmp_path / 'text.mp4'} (undecodable: ")
     assert [video["status"] for video in json.loads(result.stdout)["videos"]] == ["ok", "rejected"]
+
+
+def test_the_readme_uses_options_that_there_are():
+    lines = re.findall(r"^ +sagsm (predict .*?)(?:  #.*)?$", README.read_text(), re.MULTILINE)
+    assert len(lines) >= 3
+    known = set(re.findall(r"--[a-z-]+", invoke("--help").stdout))
+    assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= known
 
 
 @pytest.mark.slow
