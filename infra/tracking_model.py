@@ -5,7 +5,8 @@ What MLflow keeps:
     MLmodel                   signature, flavour, ids
     card.md                   the model card, also the description of the registered version
     artifacts/model/          the files as training wrote them
-    code/                     the script that MLflow runs to load the model, and our packages as they were
+    served.py                 the script that MLflow runs to load the model
+    code/                     our packages as they were
     input_example.json, serving_input_example.json, requirements.txt, conda.yaml, python_env.yaml
 
 A request has a column `video` of texts; the answer has a row for each, with the columns of `ANSWER_COLUMNS`.

@@ -242,11 +242,13 @@ def report(
         context.run.log_file(figure, f"figures/{name}")
     sentence = verdict(evaluation)
     picture = f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})"
-    markdown = f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`."
+    model = _register_model(context, shards, train, evaluation, num_trials=len(search.summary["trials"]))
+    markdown = (
+        f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`.\n\n"
+        f"The network: `sagsm predict --model {model} VIDEO`; its card is report/card.md."
+    )
     context.run.describe(markdown)
-    card = _register_model(context, shards, train, evaluation, num_trials=len(search.summary["trials"]))
-    (context.output_dir / "card.md").write_text(card)
-    return {"markdown": markdown, "text": sentence}
+    return {"markdown": markdown, "model": model, "text": sentence}
 
 
 STAGES = [
@@ -278,7 +280,10 @@ def _command(context: StageContext, without: str | None = None) -> str:
 def _register_model(
     context: StageContext, shards: Artifact, train: Artifact, evaluation: dict[str, Any], num_trials: int
 ) -> str:
-    """Put the network into MLflow's registry with a card; here and not in `train`, so that the card can say how good it is."""
+    """Put the network into MLflow's registry with a card; returns its URI there.
+
+    Here and not in `train`, so that the card can say how good it is.
+    """
     from pipelines.reports.card import model_card
     from pipelines.serving import CODE, NEWEST, example_video, registered_name
 
@@ -298,7 +303,9 @@ def _register_model(
     )
     tags = {"dataset": shards.summary["dataset"], "label_passport": facts["label_passport"], "fingerprint": train.fingerprint}
     context.run.log_model(name, NEWEST, files, code=CODE, card=card, example=example_video(), tags=tags)
-    return card
+    (context.output_dir / "card.md").write_text(card)
+    context.run.log_file(context.output_dir / "card.md", "report")
+    return f"models:/{name}@{NEWEST}"
 
 
 def _log_forecast_error(context: StageContext, reports: Sequence[ShardReport], seconds: float) -> str:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from mlflow import pyfunc
@@ -57,14 +58,14 @@ def test_a_network_is_registered_without_pickle_and_can_be_used_and_fetched(make
     assert version.tags["label_passport"] == "0123"
     folder = Path(client.get_logged_model(version.model_id).artifact_location.removeprefix("file://"))
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"MLmodel", "card.md", "artifacts/model/model.safetensors", "input_example.json", "code/served.py"} <= names
+    assert {"MLmodel", "card.md", "artifacts/model/model.safetensors", "input_example.json", "served.py"} <= names
     assert "code/pipelines/serving.py" in names
     assert {Path(name).suffix for name in names} & PICKLES == set()
     assert any(line.startswith("torch==") for line in (folder / "requirements.txt").read_text().splitlines())
     recipe = yaml.safe_load((folder / "MLmodel").read_text())
     assert "python_model" not in recipe["flavors"]["python_function"]
     assert json.loads(recipe["signature"]["inputs"]) == [{"type": "string", "name": "video", "required": True}]
-    answer = pyfunc.load_model(str(folder)).predict({"video": ["abc", "a"]})
+    answer = pyfunc.load_model(str(folder)).predict(pd.DataFrame({"video": ["abc", "a"]}))
     assert answer["probabilities"].tolist() == [[3.25, 0.25], [1.25, 0.25]]
     for spelling in ("models:/sagsm-x@newest", "models:/sagsm-x/1"):
         place = tmp_path / spelling.replace("/", "_")
