@@ -244,8 +244,8 @@ def report(
     picture = f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})"
     model = _register_model(context, shards, train, evaluation, num_trials=len(search.summary["trials"]))
     markdown = (
-        f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`.\n\n"
-        f"The network: `sagsm predict --model {model} VIDEO`; its card is report/card.md."
+        f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`, with the "
+        f"network's card.md beside it.\n\nTo use the network: `sagsm predict --model {model} VIDEO`"
     )
     context.run.describe(markdown)
     return {"markdown": markdown, "model": model, "text": sentence}
