@@ -39,13 +39,14 @@ _ERROR_CHARACTERS = 160
 _ASKED_AS = "asked_as"  # tag: the key of the entry that started the run
 
 # Set where the user has not: by default MLflow retries a dead server for four minutes, sends telemetry, tells the terminal
-# of each database made and each run ended, and packs a uv.lock of the current folder into every model.
+# of each database made, file copied and run ended, and packs a uv.lock of the current folder into every model.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
 

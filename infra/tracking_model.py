@@ -13,8 +13,10 @@ A request has a column `video` of texts; the answer has a row for each, with the
 """
 
 import importlib.metadata
+import json
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +48,8 @@ def python_model(load: Callable[[Path], Answer]) -> Any:
         load: given the folder of the files as training wrote them, the function that answers.
     """
     import pandas as pd
-    from mlflow.pyfunc import PythonModel
 
-    class VideoModel(PythonModel):
+    class VideoModel(_pyfunc().PythonModel):  # type: ignore[misc]  # of a module that is imported this late
         def load_context(self, context: Any) -> None:
             self._answer = load(Path(context.artifacts["model"]))
 
@@ -78,6 +79,8 @@ def send_model(client: "MlflowClient", experiment_id: str, run_id: str, entry: E
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     version = _version(client, model, run_id, entry)
+    link = json.dumps([{"name": entry["name"], "version": version}])  # by which the pages of the run and the model lead there
+    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})
     client.set_registered_model_alias(entry["name"], entry["alias"], version)
 
 
@@ -128,7 +131,6 @@ def _logged_model(client: "MlflowClient", experiment_id: str, run_id: str, entry
 def _pack(folder: Path, model: "LoggedModel", run_id: str, entry: Entry) -> None:
     """Write all that MLflow keeps into a new folder; needs no server."""
     import pandas as pd
-    from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import Array, ColSpec, Schema
 
@@ -139,7 +141,7 @@ def _pack(folder: Path, model: "LoggedModel", run_id: str, entry: Entry) -> None
     with tempfile.TemporaryDirectory() as scripts:
         script = Path(scripts) / "served.py"
         script.write_text(entry["code"])
-        pyfunc.save_model(
+        _pyfunc().save_model(
             folder,
             python_model=script,
             artifacts={"model": files.as_uri()},
@@ -150,6 +152,14 @@ def _pack(folder: Path, model: "LoggedModel", run_id: str, entry: Entry) -> None
             mlflow_model=Model(run_id=run_id, model_id=model.model_id),
         )
     (folder / "card.md").write_text(entry["card"])
+
+
+def _pyfunc() -> Any:
+    """`mlflow.pyfunc`, which warns of one of its own type hints when it is imported."""
+    warnings.filterwarnings("ignore", r".*Any type hint is inferred as AnyType", UserWarning)
+    from mlflow import pyfunc
+
+    return pyfunc
 
 
 def _version(client: "MlflowClient", model: "LoggedModel", run_id: str, entry: Entry) -> str:

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
-from mlflow import pyfunc
 from mlflow.tracking import MlflowClient
 
 from infra.errors import ConfigError
 from infra.tracking import download_model
-from infra.tracking_model import send_model
+from infra.tracking_model import _pyfunc, send_model
 from infra.tracking_run import TrackedRun
 
 CODE = """
@@ -44,7 +43,9 @@ def log(run, files, card="# card\n"):
 
 
 def wait(tracker):
-    assert tracker._spool.flush(60)
+    """`flush` would give up where packing has taken longer than a run waits at its end."""
+    tracker.close(60)
+    assert tracker._spool._is_closed
 
 
 def test_a_network_is_registered_without_pickle_and_can_be_used_and_fetched(make_tracker, files, tmp_path):
@@ -56,7 +57,11 @@ def test_a_network_is_registered_without_pickle_and_can_be_used_and_fetched(make
     version = client.get_model_version_by_alias("sagsm-x", "newest")
     assert (int(version.version), version.run_id, version.description) == (1, run.run_id, "# card\n")
     assert version.tags["label_passport"] == "0123"
-    folder = Path(client.get_logged_model(version.model_id).artifact_location.removeprefix("file://"))
+    (model,) = client.search_logged_models([tracker.experiment_id])
+    assert (model.source_run_id, str(model.status)) == (run.run_id, "READY")
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "sagsm-x", "version": "1"}]
+    assert [output.model_id for output in client.get_run(run.run_id).outputs.model_outputs] == [model.model_id]
+    folder = Path(model.artifact_location.removeprefix("file://"))
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"MLmodel", "card.md", "artifacts/model/model.safetensors", "input_example.json", "served.py"} <= names
     assert "code/pipelines/serving.py" in names
@@ -65,7 +70,7 @@ def test_a_network_is_registered_without_pickle_and_can_be_used_and_fetched(make
     recipe = yaml.safe_load((folder / "MLmodel").read_text())
     assert "python_model" not in recipe["flavors"]["python_function"]
     assert json.loads(recipe["signature"]["inputs"]) == [{"type": "string", "name": "video", "required": True}]
-    answer = pyfunc.load_model(str(folder)).predict(pd.DataFrame({"video": ["abc", "a"]}))
+    answer = _pyfunc().load_model(str(folder)).predict(pd.DataFrame({"video": ["abc", "a"]}))
     assert answer["probabilities"].tolist() == [[3.25, 0.25], [1.25, 0.25]]
     for spelling in ("models:/sagsm-x@newest", "models:/sagsm-x/1"):
         place = tmp_path / spelling.replace("/", "_")
