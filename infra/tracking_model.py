@@ -137,7 +137,7 @@ def _pack(folder: Path, model: "LoggedModel", run_id: str, entry: Entry) -> None
     files = Path(entry["files"])
     if not (files / "model.json").is_file():
         raise FileNotFoundError(f"{files} holds no model any more")
-    outputs = [ColSpec(Array(_LISTS[name]) if name in _LISTS else "string", name) for name in ANSWER_COLUMNS]
+    outputs: list[Any] = [ColSpec(Array(_LISTS[name]) if name in _LISTS else "string", name) for name in ANSWER_COLUMNS]
     with tempfile.TemporaryDirectory() as scripts:
         script = Path(scripts) / "served.py"
         script.write_text(entry["code"])

@@ -46,6 +46,6 @@ def centre_clip(video: DecodedVideo, sampling: FrameSampling, pixels: int) -> Fr
         return [decode_frame(video.frames[index], video.height, video.width, size) for index in indices]
 
     views = spread_views(len(video.frames), video.height, video.width, sampling, pixels, num_clips=1, num_crops=1)
-    out = np.empty((1, sampling.num_segments, pixels, pixels, 3), np.uint8)
-    write_views(views, video.height, video.width, read_frames, out)
-    return out[0]
+    clip = np.empty((sampling.num_segments, pixels, pixels, 3), np.uint8)
+    write_views(views, video.height, video.width, read_frames, clip[np.newaxis])
+    return clip
