@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from infra.errors import PipelineError
+from infra.errors import ConfigError, PipelineError
 from infra.provenance import git_commit, has_ended, this_process, user_name
 from infra.tracking_client import Sender, connect, explained, find_or_create_experiment
+from infra.tracking_model import fetch_model
 from infra.tracking_run import NOTE_CHARACTERS, RunStatus, TrackedRun, now
 from infra.tracking_spool import Spool, has_entries
 
-__all__ = ["RunStatus", "TrackedRun", "Tracker", "experiment_ids", "is_all_sent", "tracking_uri"]
+__all__ = ["RunStatus", "TrackedRun", "Tracker", "download_model", "experiment_ids", "is_all_sent", "tracking_uri"]
 
 _WRITER = "writer"
 _REPLAY_SECONDS = 60.0
@@ -41,6 +42,27 @@ def experiment_ids(uri: str) -> dict[str, str]:
     with explained(uri):
         found = connect(uri).search_experiments(order_by=["creation_time DESC"])
     return {experiment.name: experiment.experiment_id for experiment in found if experiment.experiment_id != "0"}
+
+
+def download_model(uri: str, model: str, folder: Path) -> Path:
+    """Fetch the files of a registered network, as training wrote them.
+
+    Args:
+        uri: as `tracking_uri` gives it.
+        model: models:/NAME@ALIAS or models:/NAME/VERSION.
+        folder: an existing one, for the files.
+
+    Returns:
+        Where they are.
+
+    Raises:
+        ConfigError: if nothing is registered so.
+        PipelineError: if the database or the server cannot be used.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(f"--model {model}: there is no {uri}, where it would be registered; give the right --workdir")
+    with explained(uri):
+        return fetch_model(connect(uri), uri, model, folder)
 
 
 def is_all_sent(uri: str, artifact_root: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What is asked of MLflow, and how the spool's entries reach it; the only file that imports mlflow.
+"""What is asked of MLflow, and how the spool's entries reach it; besides `tracking_model.py` the only file that imports mlflow.
 
 It does so inside functions, since that takes a second or two. Runs are addressed by their id through `MlflowClient`: the fluent
 `mlflow.start_run` keeps a global active run and marks it FINISHED at exit, even of a worker that was stopped.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock
 
 from infra.errors import PipelineError
+from infra.tracking_model import send_model
 from infra.tracking_spool import AwayError, Entry
 
 if TYPE_CHECKING:
@@ -37,14 +38,16 @@ _DOUBTFUL_TRIES = 4
 _ERROR_CHARACTERS = 160
 _ASKED_AS = "asked_as"  # tag: the key of the entry that started the run
 
-# Set where the user has not: by default MLflow retries a dead server for four minutes, sends telemetry, and tells the terminal
-# of each database made and each run ended.
+# Set where the user has not: by default MLflow retries a dead server for four minutes, sends telemetry, tells the terminal
+# of each database made, file copied and run ended, and packs a uv.lock of the current folder into every model.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",
 }
 
 KEY_PATTERN = r"local-[0-9a-f]{32}"  # a run that was asked for, whether MLflow has made it or not
@@ -195,6 +198,9 @@ class Sender:
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", entry["context"])])]
         self._client.log_inputs(self._resolved(entry["run"]), inputs)
 
+    def _send_model(self, entry: Entry) -> None:
+        send_model(self._client, self._experiment_id, self._resolved(entry["run"]), entry)
+
     def _finish(self, entry: Entry) -> None:
         self._client.set_terminated(self._resolved(entry["run"]), entry["status"], entry["time"])
 
@@ -214,6 +220,7 @@ _SENDERS: dict[str, Callable[[Sender, Entry], None]] = {
     "tags": Sender._send_tags,
     "file": Sender._send_file,
     "dataset": Sender._send_dataset,
+    "model": Sender._send_model,
     "finish": Sender._finish,
 }
 

@@ -7,6 +7,7 @@ was away. `infra/tracking_client.py` sends them.
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -104,6 +105,23 @@ class TrackedRun:
         """
         place = source if "://" in source else Path(source).as_uri()
         self._append("dataset", name=name, digest=digest, source=place, context=context)
+
+    def log_model(
+        self, name: str, alias: str, files: Path, *, code: str, card: str, example: str, tags: Mapping[str, str]
+    ) -> None:
+        """Register a trained network, as a new version that gets the alias; see `infra/tracking_model.py`.
+
+        Args:
+            name: of the registered model.
+            alias: letters, digits, `_` and `-`; not "latest" or "v1", which MLflow keeps for itself.
+            files: the folder that training wrote; read when this is sent, so it must stay as it is.
+            code: the script that makes an MLflow model of the files.
+            card: the model card, as markdown.
+            example: a value of the column `video`.
+            tags: of the model and its version.
+        """
+        content = {"name": name, "alias": alias, "files": str(files.absolute()), "code": code, "card": card, "example": example}
+        self._append("model", key=uuid.uuid4().hex, tags=dict(tags), **content)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or change tags."""

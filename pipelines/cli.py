@@ -1,4 +1,4 @@
-"""The command line: `sagsm plan | run | experiments | models | ensemble | ui | shards`.
+"""The command line: `sagsm plan | run | experiments | models | ensemble | predict | ui | shards`.
 
 Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
 standard error. Errors that a user can mend are one message and exit code 2.
@@ -14,6 +14,7 @@ import typer
 
 from infra.errors import SagsmError
 from pipelines.ensemble_cli import ensemble
+from pipelines.predict_cli import predict
 from pipelines.printing import print_json, print_table
 from pipelines.shards_cli import shards_app
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 app.command()(ensemble)
+app.command()(predict)
 
 _TRIALS_SHOWN = 10
 

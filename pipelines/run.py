@@ -31,8 +31,10 @@ _WATCHED = ("shards", "train")  # stages during which the load of this machine i
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
 _USED_BY_STAGES = (
     "pipelines.reports.audit",
+    "pipelines.reports.card",
     "pipelines.reports.comparison",
     "pipelines.reports.report",
+    "pipelines.serving",
     "pipelines.training.trial",
     "pipelines.training.worker",
     "preprocessing.tasks",

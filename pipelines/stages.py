@@ -209,7 +209,10 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
 def report(
     context: StageContext, shards: Artifact, audit: Artifact, search: Artifact, train: Artifact, evaluate: Artifact
 ) -> dict[str, Any]:
-    """One self-contained page: the verdict, curves, confusions, trials, data, settings; also the text of the MLflow run."""
+    """One self-contained page: the verdict, curves, confusions, trials, data, settings; also the text of the MLflow run.
+
+    And the network in MLflow's registry, with a model card.
+    """
     from pipelines.reports.report import verdict, write_report
 
     evaluation = json.loads((evaluate.path / "evaluation.json").read_bytes())
@@ -241,9 +244,13 @@ def report(
         context.run.log_file(figure, f"figures/{name}")
     sentence = verdict(evaluation)
     picture = f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})"
-    markdown = f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`."
+    model = _register_model(context, shards, train, evaluation, num_trials=len(search.summary["trials"]))
+    markdown = (
+        f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`, with the "
+        f"network's card.md beside it.\n\nTo use the network: `sagsm predict --model {model} VIDEO`"
+    )
     context.run.describe(markdown)
-    return {"markdown": markdown, "text": sentence}
+    return {"markdown": markdown, "model": model, "text": sentence}
 
 
 STAGES = [
@@ -253,7 +260,7 @@ STAGES = [
     Stage("search", search, needs=("shards",), settings=("search", "model", "train"), version=3, takes_cluster=True),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train"), version=2, takes_cluster=True),
     Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=3, takes_cluster=True),
-    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), version=2),
+    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), version=3),
 ]
 
 
@@ -270,6 +277,37 @@ def _command(context: StageContext, without: str | None = None) -> str:
     kept = {name: value for name, value in changed.items() if without is None or not name.startswith(without)}
     sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in kept.items()]
     return " ".join([f"sagsm run {context.experiment}", *sets])
+
+
+def _register_model(
+    context: StageContext, shards: Artifact, train: Artifact, evaluation: dict[str, Any], num_trials: int
+) -> str:
+    """Put the network into MLflow's registry with a card; returns its URI there.
+
+    Here and not in `train`, so that the card can say how good it is.
+    """
+    from pipelines.reports.card import model_card
+    from pipelines.serving import CODE, NEWEST, example_video, registered_name
+
+    name = registered_name(context.experiment)
+    files = train.path / "model"
+    facts = json.loads((files / "model.json").read_bytes())
+    card = model_card(
+        name=name,
+        alias=NEWEST,
+        facts=facts,
+        training=train.summary,
+        evaluation=evaluation,
+        dataset=shards.summary,
+        num_trials=num_trials,
+        command=_command(context),
+        folder=train.path,
+    )
+    tags = {"dataset": shards.summary["dataset"], "label_passport": facts["label_passport"], "fingerprint": train.fingerprint}
+    context.run.log_model(name, NEWEST, files, code=CODE, card=card, example=example_video(), tags=tags)
+    (context.output_dir / "card.md").write_text(card)
+    context.run.log_file(context.output_dir / "card.md", "report")
+    return f"models:/{name}@{NEWEST}"
 
 
 def _log_forecast_error(context: StageContext, reports: Sequence[ShardReport], seconds: float) -> str:

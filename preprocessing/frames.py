@@ -100,6 +100,16 @@ def read_remote_frame_folder(folder: Folder, settings: DecodeSettings) -> Decode
     return frames_from_files([(name, partial(folder.read_bytes, name)) for name in sizes], settings)
 
 
+def is_frame_folder(path: Path) -> bool:
+    """Whether a local folder holds a numbered JPEG file, so that it is one video and not a folder of videos.
+
+    Raises:
+        OSError: if the folder cannot be read.
+    """
+    with os.scandir(path) as entries:
+        return any(_FRAME_NAME.fullmatch(entry.name) for entry in entries)
+
+
 def _by_number(files: Iterable[tuple[str, Callable[[], bytes]]]) -> list[tuple[str, Callable[[], bytes]]]:
     numbered: dict[int, tuple[str, Callable[[], bytes]]] = {}
     for name, read in files:

@@ -22,12 +22,13 @@ import torch
 from infra.errors import ConfigError, DataError
 from infra.filesystems import Folder
 from preprocessing.augment import NO_AUGMENTATION, Augmentation, augment_clip
+from preprocessing.clips import write_views
 from preprocessing.fetch_ahead import FetchAhead
 from preprocessing.labels import mirror_labels
 from preprocessing.order import shuffled_rows
 from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
 from preprocessing.shard_cache import ShardCache
-from preprocessing.transforms import Flip, Frame, clip_rng, draw_flip, draw_train_crop, smallest_decoded_size, write_clip
+from preprocessing.transforms import Flip, Frame, clip_rng, draw_flip, draw_train_crop
 from preprocessing.views import FrameSampling, NumClips, NumCrops, Sampling, View, spread_views, view_size
 
 __all__ = ["Batch", "Loader", "ShardSplit", "make_loader", "open_shards"]
@@ -344,25 +345,19 @@ class Loader:
     def _load_video(self, video: StoredVideo, epoch: int, out: Frame) -> int:
         """Write the pixels of the views of one video into `out`, [V, T, H, W, 3]; return its label as shown."""
         height, width, num_frames, label = video.height, video.width, len(video.frame_sizes), video.label
+        read_frames = functools.partial(self._reader.read_frames, video)
         if not self.train:
             counts = self.num_clips, self.num_crops, self.whole_frames
-            self._write_views(video, spread_views(num_frames, height, width, self.sampling, self.pixels, *counts), out)
+            views = spread_views(num_frames, height, width, self.sampling, self.pixels, *counts)
+            write_views(views, height, width, read_frames, out)
             return label
         rng = clip_rng(self.seed, epoch, video.key)
         frame_indices = self.sampling.draw(num_frames, rng).tolist()
         crop = draw_train_crop(height, width, self.pixels, rng)
         mirrored, label = draw_flip(label, self._mirror, self.flip, rng)
-        self._write_views(video, [View(frame_indices, crop, mirrored)], out)
+        write_views([View(frame_indices, crop, mirrored)], height, width, read_frames, out)
         augment_clip(out[0], self.augmentation, rng)
         return label
-
-    def _write_views(self, video: StoredVideo, views: list[View], out: Frame) -> None:
-        height, width = video.height, video.width
-        indices = sorted({frame_index for view in views for frame_index in view.frame_indices})
-        size = smallest_decoded_size(views[0].crop, height, width, min(out.shape[2:4]))
-        frames = dict(zip(indices, self._reader.read_frames(video, indices, size), strict=True))
-        for view, clip in zip(views, out, strict=True):
-            write_clip([frames[i] for i in view.frame_indices], view.crop, height, width, view.mirrored, clip)
 
 
 @dataclass(frozen=True, slots=True)

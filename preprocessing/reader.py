@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import simplejpeg
 
 from infra.errors import DataError
 from infra.filesystems import FileRanges, Folder
 from preprocessing.index import INDEX_NAME, DatasetInfo, read_dataset_info, read_index
+from preprocessing.jpeg import decode_frame
 from preprocessing.shard_cache import ShardCache
 
 _NUMBERS = ["height", "width", "sample_offset", "sample_bytes", "sample_crc32"]
@@ -28,12 +28,6 @@ _MAX_OPEN_REMOTE_SHARDS = 4096
 # An object store takes about as long to answer one more request as to send this much more. So all frames of a clip of
 # Something-Something, which lie in 350 kB, come by one.
 _MAX_GAP_BYTES = 512 << 10
-_JPEG_MARKER = b"\xff\xd8"
-# Frames of Something-V1 a second on one thread, medians over 9 interleaved rounds on a busy machine (2026-11): simplejpeg 1.9.0
-# 3,290, PyTurboJPEG 1.8 with Debian's libturbojpeg 2.1 2,797, torchvision.io 2,680, Pillow 1,726. PyTurboJPEG finds no
-# library of its own on PyPI, and its version 2 wants libturbojpeg 3, which Debian 12 lacks.
-# At half size or less libjpeg saves time (256 x 340 to 128 x 170: half of it); between half and full size it is slower.
-_MIN_REDUCTION = 2.0
 
 
 _Read = TypeVar("_Read")
@@ -222,9 +216,7 @@ class FrameReader:
         Args:
             video: from `ShardSplit.video`.
             frame_indices: from 0, in rising order.
-            smallest_size: (height, width) that would do. If half the frame's size or less will do, the frame is decoded at
-                n/8 of its size, which is twice as fast and gives slightly other pixels than decoding and resizing.
-                (0, 0) decodes at full size.
+            smallest_size: (height, width) that would do; see `decode_frame`.
 
         Returns:
             RGB pixels of each. Shape: [H, W, 3], or the reduced size.
@@ -237,7 +229,7 @@ class FrameReader:
         pixels = []
         for frame_index, data in zip(frame_indices, frames, strict=True):
             try:
-                pixels.append(_decode(data, video.height, video.width, smallest_size))
+                pixels.append(decode_frame(data, video.height, video.width, smallest_size))
             except ValueError as error:
                 raise self._cannot_read(f"frame {frame_index} of video {video.key}", video.shard, error) from error
         return pixels
@@ -352,16 +344,6 @@ def _check_crc32(data: bytes, expected: int) -> None:
     found = zlib.crc32(data)
     if found != expected:
         raise ValueError(f"found bytes with checksum {found:08x}, the index says {expected:08x}")
-
-
-def _decode(data: bytes, height: int, width: int, smallest_size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    if not data.startswith(_JPEG_MARKER):
-        raise ValueError(f"found bytes that begin with {data[:4]!r}, expected a JPEG")
-    found_height, found_width, _, _ = simplejpeg.decode_jpeg_header(data)
-    if (found_height, found_width) != (height, width):
-        raise ValueError(f"found {found_width} x {found_height} pixels, the index says {width} x {height}")
-    min_height, min_width = smallest_size if any(smallest_size) else (height, width)
-    return simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width, min_factor=_MIN_REDUCTION)  # type: ignore[no-any-return]
 
 
 def _shard_ends(table: pa.Table, info: DatasetInfo, folder: Folder) -> dict[str, ShardEnd]:

@@ -1,7 +1,7 @@
 """A training job as data, the same for Ray Train's workers and for a trial; and the trained network as files.
 
 model/model.safetensors   the weights of the best epoch
-      model.json          all that is needed to use them: settings, label names and their passport, best epoch
+      model.json          all that is needed to use them: settings, label names and their passport, how videos were decoded
 """
 
 import json
@@ -18,6 +18,8 @@ from infra.storage import atomic_path, sha256_file, sha256_json, write_json
 from pipelines.training.metrics import EpochMetrics, StepStatus
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from preprocessing.augment import NO_AUGMENTATION, Augmentation
+from preprocessing.decode import DecodeSettings
+from preprocessing.index import read_dataset_info
 from preprocessing.loader import Batch, Loader, make_loader
 from preprocessing.reader import ShardSplit, open_shards
 from preprocessing.shard_cache import ShardCache
@@ -115,15 +117,26 @@ def save_model(folder: Path, job: TrainJob, weights: Path) -> None:
             "train": job.train.model_dump(mode="json"),
             "label_names": shards.label_names,
             "label_passport": shards.label_passport,
+            "decoding": _decoding(job.shards_place),
         },
     )
+
+
+def _decoding(shards_place: str) -> dict[str, Any] | None:
+    """The settings under which the shards' frames were decoded; None of tars made elsewhere, where nobody knows them."""
+    settings = read_dataset_info(shards_place).settings
+    if settings.get("foreign"):
+        return None
+    return {name: settings[name] for name in DecodeSettings.model_fields if name in settings}
 
 
 def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str, Any]]":
     """Read what `save_model` wrote: the network in evaluation mode, the settings it was trained with, and model.json.
 
+    Nothing else is read, so that the folder can be taken elsewhere: the weights that training began with are not needed.
+
     Raises:
-        DataError: if the files are not there, or the weights are not those that were written.
+        DataError: if the files are not there, are of another version, or the weights are not those that were written.
     """
     from safetensors.torch import load_file
 
@@ -135,12 +148,14 @@ def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str,
         raise DataError(
             f"{folder} holds no model: {error}; expected model.json and model.safetensors, as `train` writes"
         ) from error
+    version = facts.get("format_version") if isinstance(facts, dict) else None
+    if version != MODEL_FORMAT_VERSION:
+        raise DataError(f"{path} has format version {version!r}, this program reads {MODEL_FORMAT_VERSION}; train again")
     if found != facts["sha256"]:
         raise DataError(f"{folder / 'model.safetensors'} has SHA-256 {found}, model.json says {facts['sha256']}; train again")
     settings = TrainSettings.model_validate(facts["train"])
-    model = build_model(
-        ModelSettings.model_validate(facts["model"]), num_classes=len(facts["label_names"]), num_segments=settings.num_segments
-    )
+    network = ModelSettings.model_validate(facts["model"] | {"backbone_weights": None, "backbone_sha256": None})
+    model = build_model(network, num_classes=len(facts["label_names"]), num_segments=settings.num_segments)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval(), settings, facts
 

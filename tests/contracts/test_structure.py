@@ -13,7 +13,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 MODULES = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for path in SOURCES]
 
 ENGINES = {
-    "mlflow": {"infra/tracking_client.py"},
+    "mlflow": {"infra/tracking_client.py", "infra/tracking_model.py"},
     "optuna": {"tuning/"},
     "ray": {
         "infra/cluster.py",

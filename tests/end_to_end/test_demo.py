@@ -111,6 +111,22 @@ def test_mlflow_holds_the_tree_of_runs(undisturbed):
     assert sorted(step for run, step in steps if run == train) == [0, 1, 2]
 
 
+def test_the_network_is_registered_and_predicts_what_evaluate_scored(undisturbed):
+    import pyarrow.parquet as pq
+
+    from preprocessing.planning import sample_key
+
+    workdir, document = undisturbed
+    assert "## Limits" in (path_of(document, "report") / "card.md").read_text()
+    row = pq.read_table(path_of(document, "evaluate") / "scores.parquet").slice(3, 1).to_pylist()[0]
+    folders = (path_of(document, "index") / "raw" / "20bn-something-something-v1").iterdir()
+    video = next(folder for folder in folders if sample_key(folder.name) == row["key"])
+    model = ["--model", "models:/sagsm-demo@newest", "--workdir", str(workdir)]
+    done = subprocess.run([SAGSM, "predict", *model, video, "--top", "8", "--json"], capture_output=True, text=True, check=True)
+    found = {best["label"]: best["probability"] for best in json.loads(done.stdout)["videos"][0]["top"]}
+    assert [found[label] for label in range(8)] == pytest.approx(row["scores"], abs=1e-5)
+
+
 def test_more_trials_leave_the_shards_alone(undisturbed):
     workdir, _ = undisturbed
     planned = {

@@ -6,7 +6,7 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing.jpeg import JpegSplitter, require_whole_jpeg, split_jpegs
+from preprocessing.jpeg import JpegSplitter, decode_frame, require_whole_jpeg, split_jpegs
 
 
 def make_jpeg(seed: int = 0, height: int = 24, width: int = 32) -> bytes:
@@ -74,3 +74,16 @@ def test_colours_without_rgb_and_endless_scans_are_refused() -> None:
     pixels = np.zeros((8, 8, 4), np.uint8)
     with pytest.raises(ValueError, match="its colours are YCCK"):
         require_whole_jpeg(bytes(simplejpeg.encode_jpeg(pixels, colorspace="CMYK", colorsubsampling="444")))
+
+
+def test_a_frame_is_decoded_at_full_size_unless_half_of_it_or_less_will_do() -> None:
+    data = make_jpeg(height=64, width=96)
+    assert np.array_equal(decode_frame(data, 64, 96), simplejpeg.decode_jpeg(data))
+    assert [decode_frame(data, 64, 96, size).shape for size in ((33, 49), (32, 48), (9, 9))] == [
+        (64, 96, 3),
+        (32, 48, 3),
+        (16, 24, 3),
+    ]
+    for other, words in ((b"GIF89a", "expected a JPEG"), (make_jpeg(), "found 32 x 24 pixels")):
+        with pytest.raises(ValueError, match=words):
+            decode_frame(other, 64, 96)

@@ -1,0 +1,72 @@
+"""`sagsm predict`: what it prints, and that a broken video is one message with exit code 2."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from infra.errors import DataError
+from pipelines.cli import app
+from pipelines.predict import load_predictor
+from preprocessing.synthetic import LABEL_NAMES
+
+README = Path(__file__).parents[2] / "README.md"
+SAGSM = str(Path(sys.executable).with_name("sagsm"))
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["predict", *map(str, arguments)])
+
+
+def test_the_table_and_the_document_say_the_same(asked):
+    videos = [asked.raw / "film.webm", asked.raw / "frames"]
+    printed = invoke("--model", asked.artifact, *videos, "--top", 3)
+    document = json.loads(invoke("--model", asked.artifact / "model", *videos, "--top", 3, "--json").stdout)
+    lines = printed.stdout.splitlines()
+    assert lines[0].split() == ["video", "rank", "class", "probability"]
+    assert len(lines) == 1 + 6
+    assert [video["path"] for video in document["videos"]] == [str(video) for video in videos]
+    predictor = load_predictor(asked.artifact)
+    for video, path in zip(document["videos"], videos, strict=True):
+        assert video["status"] == "ok"
+        expected = predictor.predict(path).top(3)
+        assert [(best["label"], best["class"]) for best in video["top"]] == [
+            (label, LABEL_NAMES[label]) for label, _ in expected
+        ]
+        assert [best["probability"] for best in video["top"]] == pytest.approx([score for _, score in expected])
+        for rank, best in enumerate(video["top"], start=1):
+            words = f"{path} {rank} {best['class']} {best['probability']:.1%}".split()
+            assert words in [line.split() for line in lines]
+
+
+def test_a_broken_video_is_named_after_the_others_were_answered(asked, tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    result = invoke("--model", asked.artifact, asked.raw / "frames", tmp_path / "text.mp4", "--json")
+    assert isinstance(result.exception, DataError)
+    message = str(result.exception)
+    assert message.startswith(f"1 of 2 videos cannot be used: {tmp_path / 'text.mp4'} (undecodable: ")
+    assert [video["status"] for video in json.loads(result.stdout)["videos"]] == ["ok", "rejected"]
+
+
+def test_the_readme_uses_options_that_there_are():
+    lines = re.findall(r"^ +sagsm (predict .*?)(?:  #.*)?$", README.read_text(), re.MULTILINE)
+    assert len(lines) >= 3
+    known = set(re.findall(r"--[a-z-]+", invoke("--help").stdout))
+    assert {option for line in lines for option in re.findall(r"--[a-z-]+", line)} <= known
+
+
+@pytest.mark.slow
+def test_the_program_ends_with_2_and_without_a_traceback(asked, tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    for model, video, words in (
+        (asked.artifact, tmp_path / "empty.mp4", "empty.mp4 (empty: the file has 0 bytes)"),
+        (tmp_path, asked.raw / "film.avi", f"error: {tmp_path} holds no model"),
+    ):
+        done = subprocess.run([SAGSM, "predict", "--model", model, video], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
