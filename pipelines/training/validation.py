@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from infra.errors import PipelineError
@@ -51,13 +51,18 @@ def validate(run: Run, loader: ClipLoader, epoch: int) -> tuple[Means, dict[str,
     return means, gates
 
 
+def unnormalised(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Prepared clips as the published validation saw them: without mean and deviation (D3)."""
+    pixels = inputs * model.std + model.mean  # type: ignore[operator]  # buffers of VideoClassifier
+    return pixels / _BYTE if model.input_format == "unit_rgb" else pixels
+
+
 def _inputs(run: Run, clips: Tensor) -> Tensor:
-    """Prepared clips; under the published protocol as its validation saw them, without mean and deviation (D3)."""
+    """Prepared clips, under the published protocol without mean and deviation."""
     inputs: Tensor = run.state.model.prepare(clips)  # type: ignore[operator]  # nn.Module knows no methods
     if run.settings.compat.val_protocol == "standard":
         return inputs
-    pixels = inputs * run.state.model.std + run.state.model.mean  # type: ignore[operator]  # buffers of VideoClassifier
-    return pixels / _BYTE if run.state.model.input_format == "unit_rgb" else pixels
+    return unnormalised(run.state.model, inputs)
 
 
 def _prepared_training_clips(run: Run, epoch: int) -> Iterator[Tensor]:
