@@ -1,4 +1,4 @@
-"""The command line: `sagsm plan | run | experiments | models | ui | shards`.
+"""The command line: `sagsm plan | run | experiments | models | compare | gap | ui | shards`.
 
 Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
 standard error. Errors that a user can mend are one message and exit code 2.
@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from infra.errors import SagsmError
-from pipelines.printing import print_json, print_table
+from pipelines.judging_cli import judging_app, print_comparison
+from pipelines.printing import print_card, print_json, print_table
 from pipelines.shards_cli import shards_app
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(judging_app)
 app.add_typer(shards_app, name="shards")
 
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `sagsm experiments` lists them.")]
@@ -149,18 +151,20 @@ def _run_document(outcome: Any) -> dict[str, Any]:
         }
         for result in outcome.stages
     ]
-    return {"stages": stages, "results": outcome.numbers}
+    return {"stages": stages, "results": outcome.numbers, "card": outcome.card}
 
 
 def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     numbers = outcome.numbers
     if "variants" in numbers:
-        _print_comparison(numbers)
+        print_comparison(numbers)
     elif numbers:
         print(
             f"\n{request.config.evaluate.split} top-1 {numbers['top1']:.1%}, top-5 {numbers['top5']:.1%}, "
             f"mean class accuracy {numbers['mean_class_accuracy']:.1%}"
         )
+    if outcome.card:
+        print_card(outcome.card)
     pages = [result.artifact for result in outcome.stages if result.name in ("report", "compare") and result.artifact]
     for page in pages:
         print(f"report:    {page.path / 'index.html'}")
@@ -175,21 +179,6 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
         more = f"seeds={json.dumps([*request.comparison.seeds, max(request.comparison.seeds) + 1], separators=(',', ':'))}"
     others = [assignment for assignment in set_ or [] if assignment.partition("=")[0] != more.partition("=")[0]]
     print(f"next:      {_command('run', request.experiment, [*others, more], None, request.workdir)}")
-
-
-def _print_comparison(results: dict[str, Any]) -> None:
-    def row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
-        low, high = facts["top1_interval"]
-        seeds = " ".join(f"{100 * metrics['top1']:.1f}" for metrics in facts["seeds"].values())
-        found = results["differences"].get(name)
-        points = "baseline" if found is None else f"{100 * found['top1']:+.1f}"
-        apart = "" if found is None else "separable" if found["separable"] else "not separable"
-        return name, f"{facts['top1']:.1%}", f"{low:.1%} to {high:.1%}", seeds, f"{facts['parameters']:,}", points, apart
-
-    print(f"\n{results['verdict']}\n")
-    header = ("variant", "top-1", "95 % interval", "by seed", "parameters", "points", "from noise")
-    print_table(header, [row(name, facts) for name, facts in results["variants"].items()])
-    print()
 
 
 @app.command()

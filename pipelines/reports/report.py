@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.reports.page import data_uri, percent, write_page
+from pipelines.reproduction import card_rows
 
 FILE_NAME = "index.html"
 _FEW_CLIPS = 100
@@ -52,6 +53,7 @@ def write_report(
     search: Mapping[str, Any] | None,
     history: Sequence[Mapping[str, Any]],
     evaluation: Mapping[str, Any],
+    card: Mapping[str, Any],
     figures: Mapping[str, Path],
     config_yaml: str,
     links: Mapping[str, str],
@@ -66,6 +68,7 @@ def write_report(
         search: dict with `trials`, the rows of `tuning.leaderboard`; None if nothing was searched.
         history: epochs as `EpochMetrics.to_json` gives them.
         evaluation: as `Scores.summarise` gives it, with `split`.
+        card: as `reproduction_card` gives it.
         figures: PNG files by name, in the order of the page; "curves", "confusion" and "search" get captions.
         config_yaml: all settings.
         links: addresses by name.
@@ -81,6 +84,8 @@ def write_report(
         "verdict": verdict(evaluation),
         "doubts": doubts(evaluation, num_trials=len(trials)),
         "evaluation": evaluation,
+        "card": card,
+        "card_rows": card_rows(card),
         "figures": {name: data_uri(path) for name, path in figures.items()},
         "captions": {name: _CAPTIONS.get(name, "") for name in figures},
         "trials": trials,
