@@ -93,17 +93,24 @@ class Store:
                 return None, f"{name} has {size} bytes in the store, {entry['bytes']} were written"
         return artifact, ""
 
-    def history(self, stage: str, experiment: str, variant: str = "") -> list[Artifact]:
-        """Finished artifacts that `experiment` made of `stage`, for this variant or for all, the newest first."""
+    def finished(self, stage: str) -> list[Artifact]:
+        """All finished artifacts of a stage, the newest first; their files are not looked at."""
         found = []
         for manifest_path in (self.root / stage).glob(f"*/{_MANIFEST}"):
             folder = manifest_path.parent
-            if folder.name.endswith(".partial"):
+            if "." in folder.name:  # unfinished, or damaged and stepped aside
                 continue
-            manifest = _read_manifest(folder)
-            if manifest["experiment"] == experiment and manifest.get("variant", "") in ("", variant):
-                found.append((manifest_path.stat().st_mtime_ns, Artifact(stage, folder.name, folder, manifest)))
+            artifact = Artifact(stage, folder.name, folder, _read_manifest(folder))
+            found.append((manifest_path.stat().st_mtime_ns, artifact))
         return [artifact for _, artifact in sorted(found, key=lambda item: item[0], reverse=True)]
+
+    def history(self, stage: str, experiment: str, variant: str = "") -> list[Artifact]:
+        """Finished artifacts that `experiment` made of `stage`, for this variant or for all, the newest first."""
+        return [
+            artifact
+            for artifact in self.finished(stage)
+            if artifact.manifest["experiment"] == experiment and artifact.manifest.get("variant", "") in ("", variant)
+        ]
 
     @contextmanager
     def work_on(self, stage: str, fingerprint: str) -> Iterator[Path]:
@@ -153,6 +160,12 @@ class Store:
         partial.rename(folder)
         fsync_dir(folder.parent)
         return Artifact(provenance.stage, fingerprint, folder, manifest)
+
+
+def shards_place(shards: Artifact) -> str:
+    """Where the shard set of the stage `shards` is: in the store, or where the setting `shards.output` has put it."""
+    place: str | None = shards.summary["place"]
+    return place or str(shards.path)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

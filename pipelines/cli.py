@@ -1,4 +1,4 @@
-"""The command line: `sagsm plan | run | experiments | models | ensemble | predict | ui | shards`.
+"""The command line: `sagsm plan | run | experiments | models | compare | gap | ensemble | predict | ui | shards`.
 
 Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
 standard error. Errors that a user can mend are one message and exit code 2.
@@ -14,8 +14,9 @@ import typer
 
 from infra.errors import SagsmError
 from pipelines.ensemble_cli import ensemble
+from pipelines.judging_cli import judging_app, print_comparison
 from pipelines.predict_cli import predict
-from pipelines.printing import print_json, print_table
+from pipelines.printing import print_card, print_json, print_table
 from pipelines.shards_cli import shards_app
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(judging_app)
 app.add_typer(shards_app, name="shards")
 app.command()(ensemble)
 app.command()(predict)
@@ -155,7 +157,7 @@ def _run_document(outcome: Any) -> dict[str, Any]:
         }
         for result in outcome.stages
     ]
-    return {"stages": stages, "results": outcome.numbers}
+    return {"stages": stages, "results": outcome.numbers, "card": outcome.card}
 
 
 def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
@@ -169,12 +171,14 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     if trials:
         _print_trials(trials)
     if "variants" in numbers:
-        _print_comparison(numbers)
+        print_comparison(numbers)
     elif numbers:
         print(
             f"\n{request.config.evaluate.split} top-1 {numbers['top1']:.1%}, top-5 {numbers['top5']:.1%}, "
             f"mean class accuracy {numbers['mean_class_accuracy']:.1%}"
         )
+    if outcome.card:
+        print_card(outcome.card)
     pages = [result.artifact for result in outcome.stages if result.name in ("report", "compare") and result.artifact]
     for page in pages:
         print(f"report:    {page.path / 'index.html'}")
@@ -199,21 +203,6 @@ def _print_trials(rows: list[dict[str, Any]]) -> None:
     print_table(header, cells, numbers_from=3)
     if len(rows) > _TRIALS_SHOWN:
         print(f"the best {_TRIALS_SHOWN} of {len(rows)} trials; all are on the page of the search")
-
-
-def _print_comparison(results: dict[str, Any]) -> None:
-    def row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
-        low, high = facts["top1_interval"]
-        seeds = " ".join(f"{100 * metrics['top1']:.1f}" for metrics in facts["seeds"].values())
-        found = results["differences"].get(name)
-        points = "baseline" if found is None else f"{100 * found['top1']:+.1f}"
-        apart = "" if found is None else "separable" if found["separable"] else "not separable"
-        return name, f"{facts['top1']:.1%}", f"{low:.1%} to {high:.1%}", seeds, f"{facts['parameters']:,}", points, apart
-
-    print(f"\n{results['verdict']}\n")
-    header = ("variant", "top-1", "95 % interval", "by seed", "parameters", "points", "from noise")
-    print_table(header, [row(name, facts) for name, facts in results["variants"].items()])
-    print()
 
 
 @app.command()

@@ -23,12 +23,25 @@ from pipelines.artifacts import Artifact, Provenance, Store
 from pipelines.config import ExperimentConfig
 from pipelines.graph import PlannedStage, Stage, StageContext, plan, plan_stage
 from pipelines.presets import apply_preset
+from pipelines.reproduction import Band, card_markdown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _COMPARED_ON = ("dataset", "shards")
 _OWN = ("seeds", "at_once")
 _LEFT_OUT = "report"  # a page about one network; the comparison has its own
-_COMPARE_VERSION = 1
+_COMPARE_VERSION = 2
+
+
+class Published(Settings):
+    """A number in a paper.
+
+    Attributes:
+        top1: a fraction.
+        source: the frames of a clip and the paper.
+    """
+
+    top1: float = Field(ge=0, le=1)
+    source: str
 
 
 class Comparison(Settings):
@@ -41,18 +54,21 @@ class Comparison(Settings):
         at_once: so many variants are trained at the same time, each with an equal part of the CPUs and GPUs; `--set at_once=4`
             changes it. Small networks train faster so: two with a thread each did 67 clips/s where one with two did 50.
         baseline: the variant that the others are compared with.
-        expected: the lowest and the highest mean top-1 that a variant must have for the comparison to pass; fractions.
+        expected: for a variant the bands in which its numbers, means over seeds, must lie for the comparison to pass.
+        published: for a variant the number to stand beside ours, where that which `models.describe_model` knows of its network
+            is of another setting.
     """
 
     variants: dict[str, ExperimentConfig] = Field(min_length=2)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     at_once: int = Field(default=1, ge=1)
     baseline: str
-    expected: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    expected: dict[str, tuple[Band, ...]] = Field(default_factory=dict)
+    published: dict[str, Published] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in (*self.variants, self.baseline, *self.expected):
+        for name in (*self.variants, self.baseline, *self.expected, *self.published):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"the variant {name!r} cannot be part of a run's name; expected letters, digits and _.+-")
             if name not in self.variants:
@@ -106,6 +122,12 @@ class Comparison(Settings):
         """By variant, the dotted settings in which it differs from the baseline."""
         return {name: changed_settings(self.config, config) for name, config in self.variants.items()}
 
+    def changed_from(self, named: "Comparison") -> dict[str, Any]:
+        """The overrides, as in `with_overrides`, that make this comparison of the one that an experiment has."""
+        seeds = {} if self.seeds == named.seeds else {"seeds": list(self.seeds)}
+        changes = [changed_settings(named.variants[name], config) for name, config in self.variants.items()]
+        return {**seeds, **{setting: value for change in changes for setting, value in change.items()}}
+
     def trainings(self) -> "Iterator[Training]":
         """Each variant with each seed, in the order in which they are trained."""
         for variant, config in self.variants.items():
@@ -126,11 +148,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What was made of one variant with one seed."""
+    """What was made of one variant with one seed.
+
+    `num_trials` is that of the search that chose its settings.
+    """
 
     training: Training
     train: Artifact
     evaluate: Artifact
+    shards: Artifact
+    num_trials: int = 0
 
 
 def plan_comparison(stages: Sequence[Stage], comparison: Comparison, experiment: str, store: Store) -> list[PlannedStage]:
@@ -185,7 +212,7 @@ def _plan_compare(
             "comparison": {
                 "seeds": list(comparison.seeds),
                 "baseline": comparison.baseline,
-                "expected": {name: list(bounds) for name, bounds in comparison.expected.items()},
+                **comparison.model_dump(mode="json", include={"expected", "published"}),
                 "differences": comparison.differences(),
             }
         },
@@ -199,10 +226,17 @@ def _compare(
     context: StageContext, comparison: Comparison, names: Mapping[str, tuple[str, str]], **made: Artifact
 ) -> dict[str, Any]:
     """All evaluations -> a table, pictures and the verdict; `made` holds the artifacts by the names of their nodes."""
+    from pipelines.experiments import find_experiment
     from pipelines.reports.comparison import compare_trained, write_comparison
 
-    trained = [Trained(training, *(made[name] for name in names[training.label])) for training in comparison.trainings()]
-    results = compare_trained(comparison, trained)
+    trained = [
+        Trained(training, made[train], made[evaluate], made["shards"])
+        for training in comparison.trainings()
+        for train, evaluate in [names[training.label]]
+    ]
+    named = find_experiment(context.experiment)()
+    assert isinstance(named, Comparison)
+    results = compare_trained(comparison, trained, experiment=context.experiment, changed=comparison.changed_from(named))
     page = write_comparison(context.output_dir, f"sagsm: {context.experiment}", comparison, trained, results)
     context.run.log_file(page, "report")
     for figure in sorted((context.output_dir / "figures").iterdir()):
@@ -213,6 +247,7 @@ def _compare(
     context.run.set_tags({"dataset": shards["dataset"], "label_passport": shards["label_passport"]})
     picture = f"![top-1](get-artifact?path=figures/top1.png&run_uuid={context.run.run_id})"
     curves = f"![curves](get-artifact?path=figures/curves.png&run_uuid={context.run.run_id})"
-    markdown = f"{results['verdict']}\n\n{picture}\n\n{curves}\n\nThe page: Artifacts, report/index.html."
+    card = card_markdown(results["card"])
+    markdown = f"{results['verdict']}\n\n{card}\n\n{picture}\n\n{curves}\n\nThe page: Artifacts, report/index.html."
     context.run.describe(markdown)
     return {"results": results, "markdown": markdown, "text": results["verdict"]}

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from infra.errors import ConfigError
 from infra.settings import Settings, apply_overrides
 from pipelines.evaluation.evaluate import EvaluateSettings
+from pipelines.reproduction import Expected
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
@@ -25,7 +26,7 @@ class _Trained(Settings):
 class ExperimentConfig(Settings):
     """All settings of an experiment; `sagsm run NAME --set section.name=value` changes one.
 
-    `preset` only names what `pipelines.presets` has applied; no stage reads it.
+    `preset` only names what `pipelines.presets` has applied; no stage reads it. `expected` is what the report judges.
     """
 
     preset: Literal["fixed", "paper", "seed_code", "gsm"] = "fixed"
@@ -35,6 +36,7 @@ class ExperimentConfig(Settings):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    expected: Expected = Expected()
 
     @model_validator(mode="after")
     def _every_trial_is_possible(self) -> Self:

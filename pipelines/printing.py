@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,3 +32,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers
     for row in rows:
         table.add_row(*row)
     console.print(table, markup=False)
+
+
+def print_card(card: Mapping[str, Any]) -> None:
+    """Print a reproduction card, as `reproduction_card` gives it."""
+    from pipelines.reproduction import CARD_HEADER, card_rows
+
+    print(f"\n{card['sentence']}")
+    if rows := card_rows(card):
+        print_table(CARD_HEADER, rows)
+    print()

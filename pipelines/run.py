@@ -87,6 +87,13 @@ class Outcome:
         """The first failure."""
         return next((result.error for result in self.stages if result.error), None)
 
+    @property
+    def card(self) -> dict[str, Any] | None:
+        """The reproduction card (`reproduction.reproduction_card`); None before there is a report or a comparison."""
+        compared, report = _artifact(self.stages, "compare"), _artifact(self.stages, "report")
+        found: dict[str, Any] | None = self.numbers["card"] if compared else report.summary["card"] if report else None
+        return found
+
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; `number` is the signal."""

@@ -23,12 +23,13 @@ from infra import cluster
 from infra.filesystems import Folder
 from infra.settings import Settings, changed_settings
 from infra.storage import require_free_space, write_json
-from pipelines.artifacts import Artifact
+from pipelines.artifacts import Artifact, shards_place
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.experiments import find_experiment
 from pipelines.forecast import forecast_error
 from pipelines.graph import Stage, StageContext
+from pipelines.reproduction import Expected, card_markdown, reproduction_card
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.archives import open_source
 from preprocessing.datasets import (
@@ -110,7 +111,7 @@ def audit(context: StageContext, shards: Artifact) -> dict[str, Any]:
     """Read every shard again, compare it with its hash, and show what is in it: a page with contact sheets and rejects."""
     from pipelines.reports.audit import audit_metrics, describe_audit, write_audit
 
-    summary = write_audit(_place(shards), context.output_dir)
+    summary = write_audit(shards_place(shards), context.output_dir)
     _log_folder(context, context.output_dir)
     _log_input(context, shards, "audit")
     context.run.log_metrics(audit_metrics(summary))
@@ -129,8 +130,8 @@ def search(
         return {"overrides": {}, "trials": [], "text": "no trials asked for; training goes by the settings"}
     _log_input(context, shards, "search")
     split = _val_split(shards)
-    job = TrainJob(context.experiment, _place(shards), model, train, val_split=split)
-    names = read_dataset_info(_place(shards)).label_names
+    job = TrainJob(context.experiment, shards_place(shards), model, train, val_split=split)
+    names = read_dataset_info(shards_place(shards)).label_names
     task = SearchTask(job, search, num_val_clips=shards.summary["by_split"][split]["kept"], num_classes=len(names))
     return search_and_judge(context, task, _command(context, without="search."), _command(context))
 
@@ -145,7 +146,7 @@ def train(
     from pipelines.training.room import share_of
     from pipelines.training.worker import train_on_cluster
 
-    job = TrainJob(context.experiment, _place(shards), model, train, val_split=_val_split(shards)).with_overrides(
+    job = TrainJob(context.experiment, shards_place(shards), model, train, val_split=_val_split(shards)).with_overrides(
         search.summary["overrides"]
     )
     context.run.log_params({f"chosen.{name}": value for name, value in search.summary["overrides"].items()})
@@ -183,7 +184,7 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
 
     summary = score_on_cluster(
         train.path / "model",
-        _place(shards),
+        shards_place(shards),
         evaluate,
         context.output_dir / "scores.parquet",
         at_once=context.at_once,
@@ -193,7 +194,7 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
     about = {"split": evaluate.split, "protocol": evaluate.protocol, "label_passport": shards.summary["label_passport"]}
     write_json(context.output_dir / "evaluation.json", {**summary, **about})
     (context.output_dir / "figures").mkdir(exist_ok=True)
-    names = read_dataset_info(_place(shards)).label_names
+    names = read_dataset_info(shards_place(shards)).label_names
     context.run.log_file(
         draw_confusion(context.output_dir / "figures" / "confusion.png", summary["confusion"], names), "figures"
     )
@@ -207,13 +208,20 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
 
 
 def report(
-    context: StageContext, shards: Artifact, audit: Artifact, search: Artifact, train: Artifact, evaluate: Artifact
+    context: StageContext,
+    shards: Artifact,
+    audit: Artifact,
+    search: Artifact,
+    train: Artifact,
+    evaluate: Artifact,
+    expected: Expected,
 ) -> dict[str, Any]:
     """One self-contained page: the verdict, curves, confusions, trials, data, settings; also the text of the MLflow run.
 
     And the network in MLflow's registry, with a model card.
     """
     from pipelines.reports.report import verdict, write_report
+    from pipelines.reports.trained import found_numbers
 
     evaluation = json.loads((evaluate.path / "evaluation.json").read_bytes())
     figures = {"curves": train.path / "figures" / "curves.png", "confusion": evaluate.path / "figures" / "confusion.png"}
@@ -221,6 +229,8 @@ def report(
         figures["search"] = search.path / "figures" / "search.png"
     made = [shards, audit, search, train, evaluate]
     kept = {name: shards.summary[name] for name in ("dataset", "label_passport", "kept", "rejected", "frames")}
+    numbers = found_numbers(train, evaluate)
+    card = reproduction_card(context.experiment, {"": expected.bands}, {"": numbers}, _changed(context))
     links = {"audit of the shards": (audit.path / "page.html").as_uri()}
     if search.summary["trials"]:
         links["page of the search"] = (search.path / "index.html").as_uri()
@@ -235,6 +245,7 @@ def report(
         search={"trials": search.summary["trials"]} if search.summary["trials"] else None,
         history=json.loads((train.path / "history.json").read_bytes()),
         evaluation=evaluation,
+        card=card,
         figures=figures,
         config_yaml=config_yaml(context.config),
         links=links,
@@ -245,12 +256,13 @@ def report(
     sentence = verdict(evaluation)
     picture = f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})"
     model = _register_model(context, shards, train, evaluation, num_trials=len(search.summary["trials"]))
-    markdown = (
-        f"{sentence}\n\n{picture}\n\nThe page: Artifacts, report/index.html of the run `{context.run.name}`, with the "
-        f"network's card.md beside it.\n\nTo use the network: `sagsm predict --model {model} VIDEO`"
+    page_place = (
+        f"The page: Artifacts, report/index.html of the run `{context.run.name}`, with the network's card.md beside it."
     )
+    use = f"To use the network: `sagsm predict --model {model} VIDEO`"
+    markdown = f"{sentence}\n\n{card_markdown(card)}\n\n{picture}\n\n{page_place}\n\n{use}"
     context.run.describe(markdown)
-    return {"markdown": markdown, "model": model, "text": sentence}
+    return {"card": card, "markdown": markdown, "model": model, "text": sentence}
 
 
 STAGES = [
@@ -260,7 +272,7 @@ STAGES = [
     Stage("search", search, needs=("shards",), settings=("search", "model", "train"), version=3, takes_cluster=True),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train"), version=2, takes_cluster=True),
     Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=3, takes_cluster=True),
-    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), version=3),
+    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), settings=("expected",), version=3),
 ]
 
 
@@ -271,10 +283,7 @@ def config_yaml(config: Settings) -> str:
 
 def _command(context: StageContext, without: str | None = None) -> str:
     """The shell command of this experiment with the settings that were changed, but for those that begin with `without`."""
-    experiment = find_experiment(context.experiment)()
-    assert isinstance(experiment, ExperimentConfig)  # a comparison searches nothing
-    changed = changed_settings(experiment, context.config)
-    kept = {name: value for name, value in changed.items() if without is None or not name.startswith(without)}
+    kept = {name: value for name, value in _changed(context).items() if without is None or not name.startswith(without)}
     sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in kept.items()]
     return " ".join([f"sagsm run {context.experiment}", *sets])
 
@@ -310,6 +319,13 @@ def _register_model(
     return f"models:/{name}@{NEWEST}"
 
 
+def _changed(context: StageContext) -> dict[str, Any]:
+    """The settings that differ from the experiment as it is written, by dotted names."""
+    experiment = find_experiment(context.experiment)()
+    assert isinstance(experiment, ExperimentConfig)  # a comparison searches nothing and has a page of its own
+    return changed_settings(experiment, context.config)
+
+
 def _log_forecast_error(context: StageContext, reports: Sequence[ShardReport], seconds: float) -> str:
     """How wrong `sagsm plan --estimate` was; "" if it was not asked, or an earlier run had written some of the shards."""
     if any(report.skipped for report in reports):
@@ -322,12 +338,6 @@ def _log_forecast_error(context: StageContext, reports: Sequence[ShardReport], s
     return f"; {found[1]}"
 
 
-def _place(shards: Artifact) -> str:
-    """Where the shard set is: in the store, or where the setting `shards.output` has put it."""
-    place: str | None = shards.summary["place"]
-    return place or str(shards.path)
-
-
 def _val_split(shards: Artifact) -> str:
     return val_split(shards.summary["dataset"], shards.summary["by_split"])
 
@@ -337,7 +347,7 @@ def _count(values: list[str]) -> dict[str, int]:
 
 
 def _log_input(context: StageContext, shards: Artifact, purpose: str) -> None:
-    context.run.log_dataset(shards.summary["dataset"], shards.fingerprint, _place(shards), purpose)
+    context.run.log_dataset(shards.summary["dataset"], shards.fingerprint, shards_place(shards), purpose)
     context.run.set_tags({"dataset": shards.summary["dataset"], "label_passport": shards.summary["label_passport"]})
 
 

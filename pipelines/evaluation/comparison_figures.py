@@ -31,8 +31,8 @@ def draw_top1(path: Path, variants: Mapping[str, Mapping[str, Any]], chance: flo
     figure = _new_figure(1.1 + 0.45 * len(variants))
     axes = figure.subplots()
     for row, (colour, facts) in enumerate(zip(_colours(len(variants)), variants.values(), strict=True)):
-        if facts["expected"] is not None:
-            low, high = facts["expected"]
+        if facts["expected_top1"] is not None:
+            low, high = facts["expected_top1"]
             axes.barh(row, 100 * (high - low), left=100 * low, height=0.8, color=_PALE, zorder=0)
         low, high = (100 * end for end in facts["top1_interval"])
         axes.plot([low, high], [row, row], color=colour, linewidth=2, alpha=0.6, solid_capstyle="butt")

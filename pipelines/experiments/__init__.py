@@ -14,6 +14,7 @@ from pipelines.experiments.compare import compare
 from pipelines.experiments.demo import demo
 from pipelines.experiments.diving48 import diving48, diving48_rates, diving48_smoke
 from pipelines.experiments.folder import folder
+from pipelines.experiments.paper import table2, test_time
 from pipelines.experiments.placement import placement, placement_supernet
 from pipelines.experiments.something_v1 import something_v1, something_v1_smoke
 
@@ -28,6 +29,8 @@ _ALL: tuple[Callable[[], ExperimentConfig | Comparison], ...] = (
     frames,
     attention_kinds,
     gamma,
+    table2,
+    test_time,
     diving48,
     diving48_smoke,
     diving48_rates,

@@ -3,14 +3,16 @@
 from infra.settings import apply_overrides
 from pipelines.comparison import Comparison
 from pipelines.config import ExperimentConfig
+from pipelines.reproduction import Band
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
 from preprocessing.synthetic import SyntheticSettings
 from tuning.settings import SearchSettings
 
-_BLIND = (0.0, 0.35)
-_SEES_MOTION = (0.90, 1.0)
+_SEEN = "one seed of each, on 2 CPU cores: TSN 14.7 %, TSM 93.8 %, GSM 90.3 %, SA-GSM 94.7 %"
+_BLIND = (Band(high=0.35, source=_SEEN),)
+_SEES_MOTION = (Band(low=0.90, source=_SEEN),)
 
 
 def compare() -> Comparison:

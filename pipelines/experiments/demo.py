@@ -1,6 +1,7 @@
 """The experiment of the first five minutes."""
 
 from pipelines.config import ExperimentConfig
+from pipelines.reproduction import Band, Expected
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
@@ -23,4 +24,5 @@ def demo() -> ExperimentConfig:
         ),
         model=ModelSettings(dropout=0.2),
         train=TrainSettings(epochs=13, batch_size=8, learning_rate=0.03, warmup_epochs=3.0, pixels=48, num_segments=4),
+        expected=Expected(bands=(Band(low=0.80, source="83.8 % seen on 2 CPU cores"),)),
     )

@@ -2,6 +2,7 @@
 
 from infra.settings import apply_overrides
 from pipelines.config import ExperimentConfig
+from pipelines.reproduction import Band, Expected
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
 from preprocessing.shards import ShardSettings
@@ -37,6 +38,7 @@ def placement() -> ExperimentConfig:
         ),
         model=ModelSettings(dropout=0.0),
         train=TrainSettings(epochs=10, batch_size=8, learning_rate=0.01, warmup_epochs=2.0, pixels=48, num_segments=4),
+        expected=Expected(bands=(Band(low=0.70, source="seen: 0.883"),)),
     )
 
 

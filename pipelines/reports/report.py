@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.evaluation.protocols import find_protocol
 from pipelines.reports.page import data_uri, percent, write_page
+from pipelines.reproduction import card_rows
 
 FILE_NAME = "index.html"
 _FEW_CLIPS = 100
@@ -53,6 +54,7 @@ def write_report(
     search: Mapping[str, Any] | None,
     history: Sequence[Mapping[str, Any]],
     evaluation: Mapping[str, Any],
+    card: Mapping[str, Any],
     figures: Mapping[str, Path],
     config_yaml: str,
     links: Mapping[str, str],
@@ -67,6 +69,7 @@ def write_report(
         search: dict with `trials`, the rows of `tuning.leaderboard`; None if nothing was searched.
         history: epochs as `EpochMetrics.to_json` gives them.
         evaluation: as `Scores.summarise` gives it, with `split` and `protocol`.
+        card: as `reproduction_card` gives it.
         figures: PNG files by name, in the order of the page; "curves", "confusion" and "search" get captions.
         config_yaml: all settings.
         links: addresses by name.
@@ -83,6 +86,8 @@ def write_report(
         "doubts": doubts(evaluation, num_trials=len(trials)),
         "evaluation": evaluation,
         "left_right": _left_right_sentence(evaluation["left_right"]),
+        "card": card,
+        "card_rows": card_rows(card),
         "figures": {name: data_uri(path) for name, path in figures.items()},
         "captions": {name: _CAPTIONS.get(name, "") for name in figures},
         "trials": trials,

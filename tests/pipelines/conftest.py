@@ -1,15 +1,25 @@
-"""Five videos of different formats, the shard set made of them, and a small network that was never trained, as files."""
+"""A tiny shard set of real frames; a store with finished evaluations, made in milliseconds: no network was trained; and five
+videos of different formats with the shard set made of them and a small network, as files.
+"""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import ffmpeg
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import torch
 from safetensors.torch import save_file
 
+from infra.settings import apply_overrides
+from pipelines.artifacts import Store
+from pipelines.experiments import find_experiment
+from pipelines.graph import plan, run_graph, select
+from pipelines.stages import STAGES
 from pipelines.training.job import TrainJob, save_model
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
@@ -19,6 +29,83 @@ from preprocessing.planning import plan_shards
 from preprocessing.shards import ShardSettings, write_shard
 from preprocessing.sources import FolderSource
 from preprocessing.synthetic import LABEL_NAMES, SyntheticSettings, draw_scene, render
+
+CLASSES = 4
+
+
+class MadeUp:
+    """Commits what each stage would leave behind; `share` of the clips is right."""
+
+    def __init__(self, store, experiment, variant, share, num_clips, shards, search):
+        self.store, self.experiment, self.variant, self.share, self.num_clips = store, experiment, variant, share, num_clips
+        self.shards = {"dataset": "something_v1", "label_passport": "5ca1ab1e", "place": None} | shards
+        self.shards |= {"by_split": {"train": {"kept": 80}, "validation": {"kept": num_clips}}}
+        self.search = {"overrides": {}, "trials": []} | search
+
+    def __call__(self, item, inputs):
+        name = item.stage.name
+        summary = {"shards": self.shards, "search": self.search}.get(name, {})
+        with self.store.work_on(name, item.fingerprint) as folder:
+            if name == "train":
+                history = [{"epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "val_top1": self.share, "gammas": {"3a": -0.25}}]
+                (folder / "history.json").write_text(json.dumps(history))
+                summary = {"best_epoch": 0, "best_val_top1": self.share, "epochs": 1}
+            if name == "evaluate":
+                summary = self._scores(folder, item.config.train.seed)
+            extra = {"experiment": self.experiment, "variant": self.variant, "summary": summary, "seconds": 2.0}
+            extra["mlflow_run_id"] = f"{name}-{item.fingerprint}"
+            return self.store.commit(folder, item.provenance, item.fingerprint, extra)
+
+    def _scores(self, folder, seed):
+        order = np.random.default_rng(seed).permutation(self.num_clips)
+        labels = order % CLASSES
+        right = order < round(self.share * self.num_clips)
+        scores = np.eye(CLASSES, dtype=np.float32)[np.where(right, labels, (labels + 1) % CLASSES)]
+        columns = {"key": [f"v{number:03d}" for number in order], "label": pa.array(labels, pa.int32()), "scores": list(scores)}
+        pq.write_table(pa.table(columns), folder / "scores.parquet")
+        metrics = {"top1": float(right.mean()), "top5": 1.0, "mean_class_accuracy": float(right.mean()), "loss": 1.0}
+        (folder / "evaluation.json").write_text(json.dumps({"num_classes": CLASSES}))
+        return {"metrics": metrics, "num_clips": self.num_clips, "split": "validation", "text": f"top-1 {right.mean():.1%}"}
+
+
+@pytest.fixture
+def finish(tmp_path):
+    """Puts a finished evaluation of the experiment `demo` into the store of `tmp_path` and returns its artifact."""
+
+    def finish(overrides=None, *, share=0.5, num_clips=40, experiment="demo", variant="", shards=None, search=None):
+        store = Store(tmp_path / "store")
+        config = apply_overrides(find_experiment("demo")(), {"search.num_trials": 0, **(overrides or {})})
+        planned = select(plan(STAGES, config, experiment, store), "evaluate")
+        made_up = MadeUp(store, experiment, variant, share, num_clips, shards or {}, search or {})
+        results = {result.name: result for result in run_graph(planned, made_up, lambda result: None)}
+        assert results["evaluate"].artifact, results
+        return results["evaluate"].artifact
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def shards_dir(tmp_path_factory):
+    """A shard set of 24 training and 8 validation videos of two classes: brighter and darker from frame to frame."""
+    root, output_dir = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("shards")
+    rows = []
+    for video in range(32):
+        video_id, split = f"v{video:02d}", "train" if video < 24 else "validation"
+        rows.append({"video_id": video_id, "path": video_id, "kind": "frames", "split": split, "label": video % 2})
+        (root / video_id).mkdir()
+        noise = np.random.default_rng(video).integers(0, 40, (40, 48, 3))
+        for frame_index in range(6):
+            light = 30 * (frame_index if video % 2 else 5 - frame_index)
+            data = simplejpeg.encode_jpeg((noise + light).astype(np.uint8), quality=90)
+            (root / video_id / f"{frame_index + 1:05d}.jpg").write_bytes(data)
+    index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), ["getting darker", "getting brighter"])
+    settings = ShardSettings(videos_per_shard=16)
+    plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
+    for shard_plan in plans:
+        write_shard(shard_plan, FolderSource(root), output_dir, settings)
+    finish_shard_set(output_dir, index, plans, settings, "something_v1")
+    return output_dir
+
 
 CODECS = {"mp4": "libx264", "webm": "libvpx", "avi": "mpeg4", "mov": "mjpeg"}
 
@@ -61,8 +148,8 @@ def asked(tmp_path_factory):
     index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), list(LABEL_NAMES))
     settings = ShardSettings(short_side=40, jpeg_quality=5)
     plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
-    for plan in plans:
-        write_shard(plan, FolderSource(raw), shards_dir, settings)
+    for shard_plan in plans:
+        write_shard(shard_plan, FolderSource(raw), shards_dir, settings)
     finish_shard_set(shards_dir, index, plans, settings, "folder")
     train = TrainSettings(pixels=32, num_segments=4, precision="fp32")
     job = TrainJob("films", str(shards_dir), ModelSettings(name="gsm_resnet18"), train, val_split="train")

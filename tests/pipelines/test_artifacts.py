@@ -27,6 +27,17 @@ def test_a_committed_artifact_is_found_with_what_it_holds(tmp_path):
     assert store.history("shards", "other") == []
 
 
+def test_finished_artifacts_are_listed_and_nothing_else(tmp_path):
+    store = Store(tmp_path)
+    made = [make(store, digit * 16) for digit in "ab"]
+    damaged = tmp_path / "shards" / ("c" * 16 + ".damaged-7")
+    damaged.mkdir()
+    (damaged / "artifact.json").write_text("{")
+    with store.work_on("shards", "d" * 16):
+        assert {item.fingerprint for item in store.finished("shards")} == {item.fingerprint for item in made}
+    assert store.finished("train") == []
+
+
 def test_unfinished_work_is_not_an_artifact_and_is_kept_for_the_next_run(tmp_path):
     store = Store(tmp_path)
 

@@ -11,7 +11,7 @@ def facts(top1: float, expected: list[float] | None = None, published: float | N
         "top1": top1,
         "top1_interval": [max(0.0, top1 - 0.1), min(1.0, top1 + 0.1)],
         "seeds": {"0": {"top1": top1}, "1": {"top1": top1}},
-        "expected": expected,
+        "expected_top1": expected,
         "published_top1": published,
     }
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 from infra.errors import PipelineError
 from infra.settings import apply_overrides
 from pipelines.artifacts import Artifact
-from pipelines.comparison import Comparison, Trained
+from pipelines.comparison import Comparison, Published, Trained
 from pipelines.evaluation.evaluate import Scores
 from pipelines.evaluation.scores import Origin
 from pipelines.experiments import find_experiment
 from pipelines.reports.comparison import compare_trained, doubts, write_comparison
+from pipelines.reproduction import Band
 
 CLASSES = 4
+BANDS = {"a": (Band(high=0.35, source="seen"),), "b": (Band(low=0.9, source="table 2"),)}
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def make(tmp_path: Path):
     return make
 
 
-def _artifacts(folder: Path, share: float, num_clips: int, seed: int) -> tuple[Artifact, Artifact]:
+def _artifacts(folder: Path, share: float, num_clips: int, seed: int) -> tuple[Artifact, Artifact, Artifact]:
     (folder / "train").mkdir(parents=True)
     (folder / "evaluate").mkdir()
     labels = np.arange(num_clips) % CLASSES
@@ -54,9 +57,12 @@ def _artifacts(folder: Path, share: float, num_clips: int, seed: int) -> tuple[A
     (folder / "train" / "history.json").write_text(json.dumps(history))
     metrics = {name: summary[name] for name in ("top1", "top5", "mean_class_accuracy", "loss")}
     train = {"seconds": 61.5, "summary": {"best_epoch": 3, "best_val_top1": share, "epochs": 4}}
+    evaluate = {"seconds": 10.0, "summary": {"metrics": metrics, "num_clips": num_clips}}
+    shards = {"dataset": "something_v1", "label_passport": "5ca1ab1e", "place": None, "by_split": {"train": {"kept": 80}}}
     return (
         Artifact("train", "ab12", folder / "train", train),
-        Artifact("evaluate", "cd34", folder / "evaluate", {"summary": {"metrics": metrics, "num_clips": num_clips}}),
+        Artifact("evaluate", "cd34", folder / "evaluate", evaluate),
+        Artifact("shards", "ef56", folder / "shards", {"summary": shards}),
     )
 
 
@@ -69,7 +75,7 @@ def test_a_planted_difference_is_found_and_a_copy_is_not(make):
         "Top-1 on 500 validation clips: a 60.0 %, b 70.0 %, c 60.0 %. Separable from a by more than the noise of clips (one "
         "seed each, so that of seeds is not known): b; not separable: c."
     )
-    assert results["passes"] is None
+    assert results["card"] is None
     json.dumps(results, allow_nan=False)
 
 
@@ -88,19 +94,37 @@ def test_top1_is_the_mean_over_seeds_of_what_each_evaluation_says(make):
     )
 
 
-def test_what_was_expected_decides(make):
-    expected = {"a": (0.0, 0.35), "b": (0.9, 1.0)}
-    good = compare_trained(*make({"a": 0.2, "b": 0.95}, expected=expected))
-    assert good["passes"]
-    assert good["verdict"] == "As expected, top-1 on 500 validation clips: a 20.0 %, b 95.0 %."
+def test_what_was_expected_decides_and_noise_is_judged_all_the_same(make):
+    good = compare_trained(*make({"a": 0.2, "b": 0.95}, expected=BANDS), experiment="compare")
+    assert good["card"]["passes"]
+    assert good["verdict"].startswith(
+        "As expected, top-1 on 500 validation clips: a 20.0 %, b 95.0 %. b is 75.0 points above a"
+    )
+    assert good["variants"]["a"]["expected_top1"] == [0.0, 0.35]
 
 
 def test_what_was_not_as_expected_is_named(make):
-    bad = compare_trained(*make({"a": 0.2, "b": 0.5}, expected={"a": (0.0, 0.35), "b": (0.9, 1.0)}))
-    assert bad["passes"] is False
+    bad = compare_trained(*make({"a": 0.2, "b": 0.5}, expected=BANDS), experiment="compare", changed={"train.epochs": 3})
+    assert bad["card"]["passes"] is False
     assert bad["verdict"].startswith("Not as expected, ")
-    assert bad["verdict"].endswith("b should have 90.0 % to 100.0 %.")
-    assert [row["as_expected"] for row in bad["variants"].values()] == [True, False]
+    assert "b has top-1 50.0 %, expected at least 90.0 %." in bad["verdict"]
+    assert [line["within"] for line in bad["card"]["lines"]] == [True, False]
+    assert bad["card"]["changed"] == {"train.epochs": 3}
+
+
+def test_of_another_number_than_accuracy_the_mean_over_seeds_is_judged(make):
+    comparison, trained = make({"a": 0.2, "b": 0.5}, seeds=(0, 1))
+    for item, gamma in zip(trained, (0.0, 0.0, 0.2, -0.4), strict=True):
+        history = json.loads((item.train.path / "history.json").read_bytes())
+        history[-1]["gammas"] = {"3a": gamma, "3b": gamma / 2}
+        (item.train.path / "history.json").write_text(json.dumps(history))
+    bands = {
+        "a": (Band(metric="largest_gamma", low=0.0, high=0.0, source="D1"),),
+        "b": (Band(metric="largest_gamma", low=0.25, source="D1"),),
+    }
+    judged = Comparison.model_validate(comparison.model_dump() | {"expected": bands})
+    lines = compare_trained(judged, trained, experiment="gamma")["card"]["lines"]
+    assert [(line["got"], line["within"]) for line in lines] == [(0.0, True), (pytest.approx(0.3), True)]
 
 
 def test_parameters_are_counted_and_published_numbers_only_stand_beside_their_own_dataset(make, tmp_path):
@@ -121,21 +145,65 @@ def test_published_numbers(make):
 
 def test_other_clips_are_refused(make, tmp_path):
     comparison, trained = make({"a": 0.2, "b": 0.5})
-    train, evaluate = _artifacts(tmp_path / "other", 0.5, 499, 0)
-    with pytest.raises(PipelineError, match="b was judged on other clips or labels than a: found 499, expected the same 500"):
-        compare_trained(comparison, [trained[0], Trained(trained[1].training, train, evaluate)])
+    other = Trained(trained[1].training, *_artifacts(tmp_path / "other", 0.5, 499, 0))
+    with pytest.raises(PipelineError, match=r"b cannot be compared with a: .*\(num clips 499 instead of 500; clips hash"):
+        compare_trained(comparison, [trained[0], other])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("label_passport", "0ddba11", r"label passport 0ddba11 instead of 5ca1ab1e\)"),
+        ("dataset", "diving48_v1", r"dataset diving48_v1 instead of something_v1\)"),
+    ],
+)
+def test_other_labels_and_other_versions_of_a_dataset_are_refused(make, name, value, message):
+    comparison, trained = make({"a": 0.2, "b": 0.5})
+    shards = trained[1].shards
+    changed = replace(shards, manifest={"summary": shards.summary | {name: value}})
+    with pytest.raises(PipelineError, match=message):
+        compare_trained(comparison, [trained[0], replace(trained[1], shards=changed)])
+
+
+def test_a_subset_of_the_clips_and_the_speed_are_told(make):
+    variants = compare_trained(*make({"a": 0.2, "b": 0.5}, seeds=(0, 1), **{"train.subset": 20}))["variants"]
+    for row in variants.values():
+        assert row["training"] == {"num_clips": 20, "fraction": 0.25, "clips_hash": None}  # there are no shards here
+        assert row["videos_per_second"] == pytest.approx(1000 / 20.0)
+
+
+def test_the_variants_own_published_number_goes_first(make):
+    comparison, trained = make({"a": 0.2, "b": 0.5}, **{"dataset.synthetic": None, "dataset.root": "somewhere"})
+    published = {"a": Published(top1=0.47, source="16 frames; table 2")}
+    found = compare_trained(Comparison.model_validate(comparison.model_dump() | {"published": published}), trained)["variants"]
+    assert (found["a"]["published_top1"], found["a"]["published_source"]) == (0.47, "16 frames; table 2")
+    assert found["b"]["published_top1"] is None
 
 
 def test_the_page_says_the_verdict_first_and_holds_all_numbers(make, tmp_path, read_page):
-    comparison, trained = make({"a": 0.2, "b": 0.95, "c": 0.93}, seeds=(0, 1), expected={"b": (0.9, 1.0)})
-    results = compare_trained(comparison, trained)
+    comparison, trained = make({"a": 0.2, "b": 0.95, "c": 0.93}, seeds=(0, 1), expected={"b": BANDS["b"]})
+    results = compare_trained(comparison, trained, experiment="compare", changed={"seeds": [0, 1]})
     path = write_comparison(tmp_path, "sagsm: <b>compare</b>", comparison, trained, results)
     assert path.name == "index.html"
     page = read_page(path)
     text = " ".join(" ".join(page.text).split())
-    order = [text.index(part) for part in (results["verdict"], "What to distrust", "Differences to a", "Curves", "Trainings")]
+    order = [
+        text.index(part)
+        for part in (results["verdict"], "Reproduction of compare", "What to distrust", "Differences to a", "Trainings")
+    ]
     assert order == sorted(order)
-    shown = ("20.0 %", "95.0 %", "+75.0", "model.name", "sa_gsm_resnet18", "61.5 s", "4 of 4", "90.0 % to 100.0 %", "< 0.0001")
+    shown = (
+        "20.0 %",
+        "95.0 %",
+        "+75.0",
+        "model.name",
+        "sa_gsm_resnet18",
+        "61.5 s",
+        "4 of 4",
+        "at least 90.0 %",
+        "< 0.0001",
+        "table 2",
+    )
     assert [part for part in shown if part not in text] == []
     assert results["differences"]["c"]["sentence"] in text
     assert page.tags.count("img") == 2

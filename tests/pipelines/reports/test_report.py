@@ -8,6 +8,7 @@ import pytest
 from pipelines.evaluation.figures import draw_confusion, draw_curves, draw_search
 from pipelines.evaluation.metrics import summarise
 from pipelines.reports.report import doubts, verdict, write_report
+from pipelines.reproduction import Band, reproduction_card
 
 
 def make_evaluation(names: list[str], num_clips: int, num_right: int, split: str = "validation") -> dict[str, Any]:
@@ -29,6 +30,10 @@ def make_history(num_epochs: int) -> list[dict[str, Any]]:
         }
         for epoch in range(num_epochs)
     ]
+
+
+def make_card(source: str, top1: float = 0.75) -> dict[str, Any]:
+    return reproduction_card("demo", {"": [Band(low=0.8, source=source)]}, {"": {"top1": top1}}, {"train.epochs": 5})
 
 
 def make_trials(names: list[str]) -> list[dict[str, Any]]:
@@ -60,6 +65,7 @@ def report(tmp_path: Path, hostile_names: list[str]) -> Path:
         search={"trials": trials},
         history=make_history(5),
         evaluation=evaluation,
+        card=make_card(hostile_names[0]),
         figures=figures,
         config_yaml=f"title: {hostile_names[2]}\n",
         links={"MLflow": "http://127.0.0.1:5000/#/experiments/1", "evil": "javascript:alert(1)"},
@@ -75,6 +81,8 @@ def test_the_page_says_what_came_out_first(report: Path, read_page: Callable[[Pa
         for part in (
             "Top-1 is 75.0 % on 32 validation clips of 8 classes",
             "chance is 12.5 %",
+            "Not as expected: 1 of 1 number of demo; 1 setting changed",
+            "at least 80.0 %",
             "What to distrust",
             "Trials",
             "Stages",
@@ -102,7 +110,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path, hostile_names: lis
         figure = draw_confusion(tmp_path / "c.png", evaluation["confusion"], hostile_names)
         page = write_report(
             tmp_path, title="t", stages=[], dataset={}, search=None, history=[], evaluation=evaluation,
-            figures={"confusion": figure}, config_yaml="", links={},
+            card=make_card("seen"), figures={"confusion": figure}, config_yaml="", links={},
         )  # fmt: skip
         pages.append(page.read_bytes())
     assert pages[0] == pages[1]

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import simplejpeg
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,12 +17,7 @@ from pipelines.training.checkpoint import State
 from pipelines.training.loop import train
 from pipelines.training.optim import build_optimizer
 from pipelines.training.settings import TrainSettings
-from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
-from preprocessing.finish import finish_shard_set
 from preprocessing.loader import Batch
-from preprocessing.planning import plan_shards
-from preprocessing.shards import ShardSettings, write_shard
-from preprocessing.sources import FolderSource
 
 NUM_CLASSES, NUM_SEGMENTS, PIXELS = 3, 2, 8
 CPU = torch.device("cpu")
@@ -196,26 +189,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def shards_dir(tmp_path_factory):
-    """A shard set of 24 training and 8 validation videos of two classes: brighter and darker from frame to frame."""
-    root, output_dir = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("shards")
-    rows = []
-    for video in range(32):
-        video_id, split = f"v{video:02d}", "train" if video < 24 else "validation"
-        rows.append({"video_id": video_id, "path": video_id, "kind": "frames", "split": split, "label": video % 2})
-        (root / video_id).mkdir()
-        noise = np.random.default_rng(video).integers(0, 40, (40, 48, 3))
-        for frame_index in range(6):
-            light = 30 * (frame_index if video % 2 else 5 - frame_index)
-            data = simplejpeg.encode_jpeg((noise + light).astype(np.uint8), quality=90)
-            (root / video_id / f"{frame_index + 1:05d}.jpg").write_bytes(data)
-    index = VideoIndex(pa.Table.from_pylist(rows, schema=VIDEO_SCHEMA), ["getting darker", "getting brighter"])
-    settings = ShardSettings(videos_per_shard=16)
-    plans = plan_shards(index.videos, videos_per_shard=settings.videos_per_shard, seed=settings.seed)
-    for plan in plans:
-        write_shard(plan, FolderSource(root), output_dir, settings)
-    finish_shard_set(output_dir, index, plans, settings, "something_v1")
-    return output_dir
