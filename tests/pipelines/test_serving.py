@@ -59,7 +59,7 @@ def served(asked, empty_database, tmp_path):
     name = registered_name("films")
     with tracker.start_run("report") as run:
         run.log_model(name, NEWEST, asked.artifact / "model", code=CODE, card="# films", example=example_video(), tags={})
-    tracker.close(60)
+    tracker.close(120)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [BIN / "mlflow", "models", "serve", "-m", f"models:/{name}@{NEWEST}", "--env-manager", "local"]
@@ -70,7 +70,7 @@ def served(asked, empty_database, tmp_path):
         process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             assert process.poll() is None, (tmp_path / "server.log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
