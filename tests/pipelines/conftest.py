@@ -69,6 +69,12 @@ class MadeUp:
 
 
 @pytest.fixture
+def made_up():
+    """The class of runners of a graph that make up what stages leave behind."""
+    return MadeUp
+
+
+@pytest.fixture
 def finish(tmp_path):
     """Puts a finished evaluation of the experiment `demo` into the store of `tmp_path` and returns its artifact."""
 

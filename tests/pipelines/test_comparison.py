@@ -6,10 +6,12 @@ import pytest
 
 from infra.errors import ConfigError, DataError
 from infra.settings import apply_overrides
+from infra.tracking_run import TrackedRun
+from infra.tracking_spool import Spool
 from pipelines.artifacts import Store
 from pipelines.comparison import Comparison, plan_comparison
 from pipelines.experiments import EXPERIMENTS, find_experiment
-from pipelines.graph import Stage, run_graph, select
+from pipelines.graph import Stage, StageContext, run_graph, select
 from pipelines.reproduction import Band
 from pipelines.stages import STAGES
 
@@ -233,3 +235,38 @@ def test_every_comparison_is_plain_data_that_gives_itself_back(name):
     made = find_experiment(name)()
     assert Comparison.model_validate(json.loads(made.model_dump_json())) == made
     assert made.with_overrides({}) == made
+
+
+def test_the_stage_judges_the_named_experiment_and_says_it_where_people_look(tmp_path, made_up):
+    overrides = {"dataset.root": None, "dataset.synthetic": {"num_train": 80, "num_validation": 40}, "seeds": [0]}
+    comparison = find_experiment("gamma")().with_overrides(overrides)
+    store, told = Store(tmp_path / "store"), []
+    spool = Spool(tmp_path / "spool", lambda entries: told.extend(entries) or len(entries), "it")
+    stages = made_up(store, "gamma", "", 0.5, 40, {}, {})
+
+    def run_stage(item, inputs):
+        if item.name != "compare":
+            return stages(item, inputs)
+        with store.work_on("compare", item.fingerprint) as folder:
+            run = TrackedRun("local-1", "compare p01", spool, {})
+            summary = item.stage.function(StageContext(folder, run, None, None, "gamma", item.config), **inputs)
+            extra = {"experiment": "gamma", "summary": summary, "mlflow_run_id": None}
+            return store.commit(folder, item.provenance, item.fingerprint, extra)
+
+    results = {result.name: result for result in run_graph(plan(comparison, store), run_stage, lambda result: None)}
+    spool.close(5)
+    assert results["compare"].artifact, results["compare"].error
+    summary = results["compare"].artifact.summary
+    card = summary["results"]["card"]
+    assert [(line["variant"], line["got"], line["within"]) for line in card["lines"]] == [
+        ("frozen", 0.25, False),  # made up: every gamma is -0.25
+        ("trained", 0.25, True),
+    ]
+    assert set(card["changed"]) == set(overrides)
+    assert summary["text"].startswith("Not as expected, top-1 on 40 validation clips: frozen 50.0 %")
+    (described,) = [
+        entry["values"]["mlflow.note.content"] for entry in told if "mlflow.note.content" in entry.get("values", {})
+    ]
+    assert described == summary["markdown"]
+    assert described.index(summary["text"]) < described.index(card["sentence"]) < described.index("get-artifact")
+    assert "Reproduction of gamma" in (results["compare"].artifact.path / "index.html").read_text()
