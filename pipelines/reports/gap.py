@@ -20,6 +20,8 @@ def gap_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     first, last = rows[0], rows[-1]
     largest = max(rows[1:], key=lambda row: abs(row["gain"]["top1"]))
+    if not largest["gain"]["top1"]:
+        return f"Top-1 of one network is {percent(first['top1'])} in every step: the way of judging changes nothing."
     apart = [row["name"] for row in rows[1:] if row["gain"]["separable"]]
     moved = "stays at" if first["top1"] == last["top1"] else f"goes from {percent(first['top1'])} to"
     return (

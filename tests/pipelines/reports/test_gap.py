@@ -24,6 +24,11 @@ def test_the_verdict_names_the_ends_the_largest_step_and_what_is_more_than_noise
     )
 
 
+def test_where_no_step_changes_anything_none_is_called_the_largest() -> None:
+    rows = [{"name": "a", "top1": 0.125, "gain": None}, {"name": "b", "top1": 0.125, "gain": {"top1": 0.0, "separable": False}}]
+    assert gap_verdict(rows) == "Top-1 of one network is 12.5 % in every step: the way of judging changes nothing."
+
+
 @pytest.mark.parametrize(("num_clips", "is_few"), [(500, True), (11522, False)])
 def test_the_page_holds_the_steps_and_what_to_distrust(
     tmp_path: Path, read_page: Callable[[Path], Any], hostile_names: list[str], num_clips: int, is_few: bool
