@@ -11,10 +11,9 @@ import pytest
 
 from infra.tracking_spool import encode
 
-pytestmark = pytest.mark.slow
-
 EPOCHS = int(os.environ.get("SAGSM_TEST_EPOCHS", "60"))
 AWAY_SECONDS = float(os.environ.get("SAGSM_TEST_AWAY_SECONDS", "0"))  # 300 is run by hand, with 1000 epochs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 3 * AWAY_SECONDS)]
 SETTINGS = [
     "dataset.synthetic.num_train=16",
     "dataset.synthetic.num_validation=8",
