@@ -9,12 +9,12 @@ step before.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from infra.progress import OnProgress
 from pipelines.evaluation.evaluate import EvaluateSettings, Scores, score_clips
@@ -23,13 +23,11 @@ from pipelines.training.job import load_model
 from pipelines.training.precision import resolve_precision
 from pipelines.training.settings import TrainSettings
 from pipelines.training.validation import unnormalised
+from preprocessing.clips import write_views
 from preprocessing.loader import Batch
 from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
-from preprocessing.transforms import Frame, centre_crop, clip_rng, draw_flip, draw_train_crop, smallest_decoded_size, write_clip
+from preprocessing.transforms import Frame, centre_crop, clip_rng, draw_flip, draw_train_crop
 from preprocessing.views import FrameSampling, NumClips, NumCrops, View, spread_views
-
-if TYPE_CHECKING:
-    from models.classifier import VideoClassifier
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,14 @@ def measure_gap(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, train, _ = load_model(model_dir)
+    model.to(device)
     shards = open_shards(shards_place, settings.split)
     precision = resolve_precision(train.precision, device)
     rows: list[dict[str, Any]] = []
     before: Hits | None = None
     for number, step in enumerate(STEPS, start=1):
-        judged = model if step.normalised else cast("VideoClassifier", _PublishedInputs(model))
-        scores = score_clips(judged.to(device), StepBatches(shards, train, step, settings), device, precision)
+        prepare = None if step.normalised else (lambda clips: unnormalised(model, model.prepare(clips)))
+        scores = score_clips(model, StepBatches(shards, train, step, settings), device, precision, prepare=prepare)
         summary = scores.summarise(shards.label_names)
         hits = _hits(scores)
         rows.append(
@@ -166,27 +165,7 @@ class StepBatches:
         return [View(frame_indices, crop, mirrored)]
 
     def _load(self, reader: FrameReader, video: StoredVideo, out: Frame) -> None:
-        views = self.views(video)
-        indices = sorted({index for view in views for index in view.frame_indices})
-        size = smallest_decoded_size(views[0].crop, video.height, video.width, self.train.pixels)
-        frames = dict(zip(indices, reader.read_frames(video, indices, size), strict=True))
-        for view, clip in zip(views, out, strict=True):
-            write_clip([frames[i] for i in view.frame_indices], view.crop, video.height, video.width, view.mirrored, clip)
-
-
-class _PublishedInputs(nn.Module):
-    """A network that is given what the published validation gave it."""
-
-    def __init__(self, model: "VideoClassifier") -> None:
-        super().__init__()
-        self.model = model
-
-    def prepare(self, clips: Tensor) -> Tensor:
-        return unnormalised(self.model, self.model.prepare(clips))
-
-    def forward(self, clips: Tensor) -> Tensor:
-        logits: Tensor = self.model(clips)
-        return logits
+        write_views(self.views(video), video.height, video.width, partial(reader.read_frames, video), out)
 
 
 def _gain(hits: Hits, before: Hits) -> dict[str, Any]:

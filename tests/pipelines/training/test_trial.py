@@ -145,7 +145,8 @@ def test_trials_with_workers_that_are_killed_or_stopped_leave_room_for_the_next(
 @pytest.mark.parametrize(("num_cpus", "workers", "at_once"), [(1, 1, 1), (4, 1, 4), (4, 2, 2), (1, 2, 0)])
 def test_a_search_never_hangs_whatever_the_cpus(shards_dir, tmp_path, num_cpus, workers, at_once):
     """One trial more than run at once: the last needs what another gives back. 4 CPUs are logical ones of fewer cores."""
-    ray = pytest.importorskip("ray")
+    import ray
+
     search = SearchSettings(num_trials=at_once + 1, max_epochs=1, scheduler="none", workers_per_trial=workers)
     objective = partial(run_trial, job=job_of(shards_dir, search), search=search)
     texts = []
