@@ -1,6 +1,8 @@
 # Every target makes .venv first when it is missing or older than pyproject.toml or constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes, each of which takes whole files, since files share fixtures that cost much.
+PYTEST := .venv/bin/pytest --numprocesses 2 --dist loadfile
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -22,17 +24,17 @@ demo: $(STAMP)  ## the whole pipeline on generated videos: shards, search, train
 	$(BIN)/sagsm run demo
 
 test: $(STAMP)  ## the tests, without the slow ones (under 12 minutes on 2 cores)
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(STAMP)  ## ruff, format, types, import rules, tests: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: $(STAMP)  ## measure shards, loader, networks, evaluation and search against their baselines
 	$(BIN)/python tests/benchmarks/bench_shards.py
