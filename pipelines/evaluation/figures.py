@@ -50,7 +50,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], label_names: 
     axes.set_ylabel("true class")
     if num_classes <= _MAX_NAMED_CLASSES:
         size = 9 if num_classes <= 20 else 6
-        names = [_plain(name) for name in label_names]
+        names = [plain_text(name) for name in label_names]
         axes.set_xticks(range(num_classes), names, rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(range(num_classes), names, fontsize=size, parse_math=False)
     if num_classes <= _MAX_COUNTED_CLASSES:
@@ -158,7 +158,7 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
     font = ImageFont.load_default(size=13)
     for number, (title, frames) in enumerate(rows):
         top = number * (title_height + height + 2 * gap)
-        draw.text((2, top + 2), _plain(title, 110), fill=_INK, font=font)
+        draw.text((2, top + 2), plain_text(title, 110), fill=_INK, font=font)
         for column, frame in enumerate(frames):
             picture = ImageOps.contain(Image.fromarray(frame), (width, height))
             left = column * (width + gap) + (width - picture.width) // 2
@@ -199,7 +199,7 @@ def _draw_gammas(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     slots = sorted({slot for row in history for slot in row["gammas"]})
     for slot, colour in zip(slots, colormaps["viridis"](np.linspace(0, 0.92, len(slots))), strict=True):
         points = [(row["epoch"] + 1, row["gammas"][slot]) for row in history if slot in row["gammas"]]
-        _draw_line(axes, points, colour, _plain(slot))
+        _draw_line(axes, points, colour, plain_text(slot))
     axes.set_title("gamma: strength of attention by slot" if slots else "no attention in this network")
 
 
@@ -218,7 +218,7 @@ def _trial_label(row: Mapping[str, Any]) -> str:
     return f"trial {row['trial']}{rate}  {top1}"
 
 
-def _plain(name: str, limit: int = _NAME_CHARACTERS) -> str:
+def plain_text(name: str, limit: int = _NAME_CHARACTERS) -> str:
     """A name on one line, in letters that the fonts have; a long one keeps both ends, since "left to right" stands last."""
     text = "".join(letter if letter.isprintable() and ord(letter) < 0x250 else "?" for letter in name)
     half = (limit - 3) // 2
