@@ -33,7 +33,7 @@ SMALL = [
     "train.checkpoint_every_steps=1",
     "train.precision=fp32",
 ]
-ALL = ["index", "shards", "audit", "search", "train", "evaluate", "report"]
+ALL = ["index", "shards", "audit", "search", "train", "evaluate", "insight", "report"]
 
 
 def command(verb, workdir, *more):
@@ -132,7 +132,7 @@ def test_more_trials_leave_the_shards_alone(undisturbed):
     planned = {
         stage["name"]: (stage["status"], stage["reason"]) for stage in sagsm("plan", workdir, "search.num_trials=3")["stages"]
     }
-    assert [name for name in ALL if planned[name][0] == "run"] == ["search", "train", "evaluate", "report"]
+    assert [name for name in ALL if planned[name][0] == "run"] == ["search", "train", "evaluate", "insight", "report"]
     assert planned["search"][1] == "search.num_trials 2 -> 3"
     assert planned["train"][1] == "needs search, which changed"
 
