@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infra.errors import ConfigError
 from infra.storage import atomic_path
-from pipelines.evaluation.figures import plain_text
+from pipelines.evaluation.figures import plain_name
 from pipelines.evaluation.overlay import enlarge, legend, overlay
 from preprocessing.encode import encode_mp4
 
@@ -153,7 +153,7 @@ def _draw_block(clip: FilmClip, width: int) -> npt.NDArray[np.uint8]:
         for row, column in (divmod(number, columns) for number in range(len(panels)))
     ]
     for (left, top), (name, number, _) in zip(places, panels, strict=True):
-        draw.text((left, top), plain_text(name), fill=_INK, font=_font(12))
+        draw.text((left, top), plain_name(name), fill=_INK, font=_font(12))
         draw.text((left, top + 14), number, fill=_SOFT, font=_font(12))
     block = np.repeat(np.asarray(page)[np.newaxis], len(clip.frames), axis=0)
     for (left, top), (_, _, frames) in zip(places, panels, strict=True):
@@ -169,11 +169,11 @@ def _write_head(draw: ImageDraw.ImageDraw, clip: FilmClip) -> None:
     elif clip.label == clip.answer:
         colour, second = _GREEN, "right"
     else:
-        colour, second = _RED, f"wrong: it is {plain_text(clip.label, 48)}"
-    answer = f"{plain_text(clip.answer, 40)}  {100 * clip.probability:.1f} %"
+        colour, second = _RED, f"wrong: it is {plain_name(clip.label, 48)}"
+    answer = f"{plain_name(clip.answer, 40)}  {100 * clip.probability:.1f} %"
     draw.text((_MARGIN, 8), answer, fill=colour, font=_font(17))
     draw.text((_MARGIN, 31), second, fill=colour, font=_font(13))
-    draw.text((_MARGIN, 49), plain_text(clip.title, 60), fill=_SOFT, font=_font(12))
+    draw.text((_MARGIN, 49), plain_name(clip.title, 60), fill=_SOFT, font=_font(12))
 
 
 def _draw_foot(clips: Sequence[FilmClip], width: int) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.evaluation.figures import new_figure, plain_text, save_figure
+from pipelines.evaluation.figures import new_figure, plain_name, save_figure
 
 _MAX_NUMBERS = 200
 _INK = "#24292f"
@@ -26,7 +26,7 @@ def draw_gates(path: Path, activity: Mapping[str, Sequence[float]], num_clips: i
     image = axes.imshow(cells, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
     figure.colorbar(image, ax=axes, label="mean of |tanh gate|")
     axes.set_xticks(range(cells.shape[1]), [str(segment + 1) for segment in range(cells.shape[1])])
-    axes.set_yticks(range(len(cells)), [plain_text(slot) for slot in activity], parse_math=False)
+    axes.set_yticks(range(len(cells)), [plain_name(slot) for slot in activity], parse_math=False)
     axes.set_xlabel("segment")
     axes.set_ylabel("slot")
     axes.set_title(f"how far gates open, mean over {num_clips} clips: 0 moves nothing between segments")

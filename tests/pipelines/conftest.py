@@ -3,7 +3,7 @@ videos of different formats with the shard set made of them and a small network,
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ffmpeg
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from infra.settings import apply_overrides
+from models.switch import slot_attentions
 from pipelines.artifacts import Store
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.scores import read_scores
@@ -168,6 +169,22 @@ def asked(tmp_path_factory):
     save_file(network.state_dict(), artifact / "weights.safetensors")
     save_model(artifact / "model", job, artifact / "weights.safetensors")
     return Asked(raw, names, shards_dir, artifact)
+
+
+@pytest.fixture(scope="session")
+def attending(asked, tmp_path_factory):
+    """`asked` with another network, which has attention in two slots, of gamma 0.4 and 0. Not to be changed."""
+    artifact = tmp_path_factory.mktemp("attending")
+    train = TrainSettings(pixels=32, num_segments=4, precision="fp32")
+    model = ModelSettings(name="sa_gsm_resnet18", placement="layer1.0,layer2.0")
+    job = TrainJob("films", str(asked.shards_dir), model, train, val_split="train")
+    torch.manual_seed(3)
+    network = build_model(model, num_classes=len(LABEL_NAMES), num_segments=train.num_segments)
+    torch.nn.init.constant_(slot_attentions(network)["layer1.0"].gamma, 0.4)
+    torch.nn.init.normal_(network.new_fc.weight)
+    save_file(network.state_dict(), artifact / "weights.safetensors")
+    save_model(artifact / "model", job, artifact / "weights.safetensors")
+    return replace(asked, artifact=artifact)
 
 
 @dataclass(frozen=True)
