@@ -13,6 +13,8 @@ from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.scores import read_scores
 from pipelines.graph import StageContext
 from pipelines.insight.examples import examples_sections
+from pipelines.insight.feature_map import map_section
+from pipelines.insight.features import embed_on_cluster
 from pipelines.insight.section import Section
 from pipelines.insight.settings import InsightSettings
 from pipelines.insight.subject import Subject
@@ -45,12 +47,10 @@ def explain(
 
 def look(context: StageContext, subject: Subject) -> list[Section]:
     """The sections of the page, in its order."""
-    questions = [examples_sections]
-    sections: list[Section] = []
-    for done, answer in enumerate(questions):
-        context.on_progress(done, len(questions), "questions answered")
-        sections += answer(subject)
-    return sections
+    context.on_progress(0, len(subject.rows), "clips looked at")
+    features = embed_on_cluster(subject)
+    context.on_progress(len(subject.rows), len(subject.rows), "clips looked at")
+    return [map_section(subject, features), *examples_sections(subject)]
 
 
 def _record(context: StageContext, sections: Sequence[Section]) -> None:
