@@ -41,6 +41,16 @@ class AttentionMap(NamedTuple):
         """
         return abs(self.gamma) * self.num_positions * self.received
 
+    @property
+    def spread(self) -> Tensor:
+        """Over how large a share of each clip's places looks are spread: exp of their entropy, by the number of places.
+
+        1 where all places get the same, 1 / (T * H * W) where one gets all. Shape: [B].
+        """
+        share = self.received.flatten(1)
+        share = share / share.sum(dim=1, keepdim=True)
+        return torch.special.entr(share).sum(dim=1).exp() / share.shape[1]
+
 
 @torch.no_grad()
 def attention_maps(model: VideoClassifier, clips_BT3HW: Tensor) -> tuple[Tensor, list[AttentionMap]]:

@@ -15,6 +15,7 @@ from pipelines.graph import StageContext
 from pipelines.insight.examples import examples_sections
 from pipelines.insight.feature_map import map_section
 from pipelines.insight.features import embed_on_cluster
+from pipelines.insight.inside_sections import inside_sections
 from pipelines.insight.section import Section
 from pipelines.insight.settings import InsightSettings
 from pipelines.insight.subject import Subject
@@ -50,7 +51,7 @@ def look(context: StageContext, subject: Subject) -> list[Section]:
     context.on_progress(0, len(subject.rows), "clips looked at")
     features = embed_on_cluster(subject)
     context.on_progress(len(subject.rows), len(subject.rows), "clips looked at")
-    return [map_section(subject, features), *examples_sections(subject)]
+    return [map_section(subject, features), *examples_sections(subject), *inside_sections(subject)]
 
 
 def _record(context: StageContext, sections: Sequence[Section]) -> None:
@@ -62,6 +63,9 @@ def _record(context: StageContext, sections: Sequence[Section]) -> None:
         for picture in section.pictures:
             run.log_file(picture.path, "figures")
             run.log_image(picture.path, picture.key)
+        for film in section.films:
+            run.log_file(film.gif, "figures")
+            run.log_file(film.mp4, "figures")
         for table in section.tables:
             run.log_file(folder / "tables" / f"{table.name}.csv", "tables")
     run.describe(describe_insight(sections, run.run_id))

@@ -182,7 +182,7 @@ class SelfAttention(nn.Module):
         query_GAMD, key_GAMD = self._grouped(self.query_conv(x_NCHW)), self._grouped(self.key_conv(x_NCHW))
         num_groups, num_heads, num_positions, _ = query_GAMD.shape
         rows = max(1, _MAP_NUMBERS // (num_groups * num_heads * num_positions))
-        parts = [_beta(part, key_GAMD, self.score_scale).sum(dim=(1, 2)) for part in query_GAMD.split(rows, dim=2)]
+        parts = [_beta(part, key_GAMD, self.score_scale).sum(dim=(1, 2)) for part in torch.split(query_GAMD, rows, dim=2)]
         received_GM = torch.stack(parts).sum(dim=0) / (num_heads * num_positions)
         return self._ungrouped(received_GM[:, None, :, None], x_NCHW.shape)[:, 0]
 

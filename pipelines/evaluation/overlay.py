@@ -56,4 +56,5 @@ def legend(height: int, width: int) -> Picture:
     """Heat from 0 to 1, left to right, over light grey. Shape: [height, width, 3]."""
     grey = np.full((1, height, width, 3), 235, np.uint8)
     heat = np.broadcast_to(np.linspace(0, 1, width, dtype=np.float32), (1, height, width))
-    return overlay(grey, heat)[0]
+    strip: Picture = overlay(grey, heat)[0]
+    return strip

@@ -32,6 +32,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Film:
+    """The same film in two files.
+
+    Attributes:
+        gif: that the page and MLflow's description play, in the stage's folder `figures`.
+        mp4: sharper and smaller, beside it.
+        alt: what is to be seen, for those who cannot see it.
+        caption: how to read it.
+    """
+
+    gif: Path
+    mp4: Path
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class ShownClip:
     """A clip on the page.
 
@@ -52,7 +69,7 @@ class Column:
 
     name: str
     head: str
-    kind: Literal["text", "count", "percent"] = "text"
+    kind: Literal["text", "count", "percent", "number"] = "text"
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,8 @@ class Section:
         sentence: the answer; that of the first section opens the page and MLflow's description.
         text: how to read what follows.
         pictures: in order.
-        clips: below the pictures.
+        films: below the pictures.
+        clips: below the films.
         tables: below the clips.
         metrics: for MLflow, by names such as "insight/knn_purity".
         doubts: what not to conclude from it.
@@ -93,6 +111,7 @@ class Section:
     sentence: str
     text: str = ""
     pictures: Sequence[Picture] = ()
+    films: Sequence[Film] = ()
     clips: Sequence[ShownClip] = ()
     tables: Sequence[Table] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)

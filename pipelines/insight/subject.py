@@ -95,7 +95,7 @@ class Subject:
                 f"split {self.split.split} of {self.shards_place} has no clip of the classes that insight.classes names; "
                 "choose others, or none for all"
             )
-        return [int(row) for row in wanted[_spread(len(wanted), self.settings.max_clips)]]
+        return [int(row) for row in wanted[spread_places(len(wanted), self.settings.max_clips)]]
 
 
 def take_rows(split: ShardSplit, rows: Sequence[int]) -> ShardSplit:
@@ -103,7 +103,7 @@ def take_rows(split: ShardSplit, rows: Sequence[int]) -> ShardSplit:
     return replace(split, table=split.table.take(pa.array(rows, pa.int64())).combine_chunks())
 
 
-def _spread(total: int, most: int) -> npt.NDArray[np.int64]:
+def spread_places(total: int, most: int) -> npt.NDArray[np.int64]:
     """At most so many of `total` places, as far apart as can be."""
     count = min(total, most)
     return (2 * np.arange(count) + 1) * total // (2 * count)

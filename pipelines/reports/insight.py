@@ -48,5 +48,6 @@ def describe_insight(sections: Sequence[Section], run_id: str) -> str:
             f"![{picture.path.stem}](get-artifact?path=figures/{picture.path.name}&run_uuid={run_id})"
             for picture in section.pictures
         ]
+        parts += [f"![{film.gif.stem}](get-artifact?path=figures/{film.gif.name}&run_uuid={run_id})" for film in section.films]
     parts.append("The page: Artifacts, report/index.html; all clips: tables/.")
     return "\n\n".join(parts)

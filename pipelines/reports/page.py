@@ -34,9 +34,10 @@ def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     return path
 
 
-def data_uri(png: Path) -> str:
-    """A picture as a part of the page."""
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
+def data_uri(picture: Path) -> str:
+    """A picture, ".png" or ".gif", as a part of the page."""
+    kind = picture.suffix.removeprefix(".")
+    return f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:

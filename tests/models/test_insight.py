@@ -77,6 +77,10 @@ def test_a_planted_mark_is_where_the_map_is_bright(scope):
         assert found.received.shape == (1, NUM_SEGMENTS, 4, 4)
         assert divmod(int(found.received.argmax()), 16) == (1, 2 * 4 + 1)
         assert found.received[0, 1, 2, 1] > 0.99
+        even = found._replace(received=torch.full((2, 3, 4, 4), 1 / found.num_positions))
+        torch.testing.assert_close(even.spread, torch.ones(2))
+        one_place = found._replace(received=torch.eye(48)[:2].view(2, 3, 4, 4))
+        torch.testing.assert_close(one_place.spread, torch.full((2,), 1 / 48))
 
 
 def test_gamma_zero_weighs_nothing_and_what_is_switched_off_has_no_map(clips):

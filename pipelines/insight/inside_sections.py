@@ -1,0 +1,160 @@
+"""What goes on inside a network, as parts of the page: where attention looks, how far gates open, what raised an answer.
+
+Shown are pairs of clips: one that the network answered wrong with great certainty, and one that it answered right, of the same
+class where there is one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipelines.evaluation.films import FilmClip, save_film
+from pipelines.evaluation.gate_figures import draw_gates
+from pipelines.evaluation.grad_cam import draw_grad_cam
+from pipelines.insight.examples import Judgement, judge, most_wrong
+from pipelines.insight.inside import ClipInside, Inside, look_inside_on_cluster
+from pipelines.insight.section import Column, Film, Picture, Section, Table
+from pipelines.insight.subject import Subject, spread_places
+from pipelines.reports.page import percent
+
+MAX_MEASURED = 64
+"""So many clips, evenly spread, are enough for means of gates and attention."""
+
+
+def choose_pairs(judged: Sequence[Judgement], num_pairs: int) -> list[list[Judgement]]:
+    """Pairs of a right and a wrong answer, the right one first; alone where there is no other.
+
+    The wrong ones are those that the network was surest of, of as many classes as there are; beside each stands the surest
+    right one of the same class or, if there is none, of any. No clip is shown twice.
+
+    Args:
+        judged: the clips to choose from.
+        num_pairs: at most so many.
+    """
+    times: Counter[int] = Counter()
+    turns = []
+    for clip in most_wrong(judged):
+        turns.append((times[clip.label], clip))
+        times[clip.label] += 1
+    wrong = [clip for _, clip in sorted(turns, key=lambda turn: turn[0])]
+    right = sorted((clip for clip in judged if clip.answer == clip.label), key=lambda clip: (-clip.answer_score, clip.key))
+    pairs = []
+    for number in range(num_pairs):
+        pair = wrong[number : number + 1]
+        beside = [clip for clip in right if pair and clip.label == pair[0].label] or right
+        right = [clip for clip in right if clip not in beside[:1]]
+        pairs.append([*beside[:1], *pair])
+    return [pair for pair in pairs if pair]
+
+
+def inside_sections(subject: Subject) -> list[Section]:
+    """Where attention looks, how far gates open, what raised the answers; the first two of networks that have them."""
+    pairs = choose_pairs(judge(subject.scores, subject.classes), subject.settings.num_pairs)
+    shown = [subject.row_of[clip.key] for pair in pairs for clip in pair]
+    measured = [subject.rows[place] for place in spread_places(len(subject.rows), MAX_MEASURED)]
+    inside = look_inside_on_cluster(subject, shown, measured)
+    clips = iter(inside.clips)
+    paired = [[next(clips) for _ in pair] for pair in pairs]
+    sections = []
+    if inside.attention:
+        sections.append(_attention_section(subject, inside, paired))
+    if inside.gates:
+        sections.append(_gates_section(subject, inside))
+    if paired:
+        sections.append(_grad_cam_section(subject, inside.clips))
+    return sections
+
+
+def _attention_section(subject: Subject, inside: Inside, pairs: Sequence[Sequence[ClipInside]]) -> Section:
+    strongest = max(inside.attention, key=lambda name: abs(inside.attention[name][0]))
+    gamma, spread = inside.attention[strongest]
+    where = f"{len(inside.attention)} attention{'s' if len(inside.attention) > 1 else ''}"
+    if gamma == 0:
+        sentence = f"Every gamma is 0: the network has {where}, but none adds anything."
+    else:
+        sentence = (
+            f"Of {where} that at {strongest} counts most (gamma {gamma:+.3g}); its looks go to {percent(spread)} of the places "
+            "of a clip, where 100 % would be all alike."
+        )
+    rows = [{"slot": name, "gamma": gamma, "spread": spread} for name, (gamma, spread) in inside.attention.items()]
+    columns = (Column("slot", "slot"), Column("gamma", "gamma", "number"), Column("spread", "looks go to", "percent"))
+    return Section(
+        title="Where attention looks",
+        sentence=sentence,
+        text=(
+            "Each place of a film is covered as much as it is looked at, times |gamma|, on one scale for all films. "
+            f"How far looks are spread is the mean over {inside.num_measured:,} clips."
+        ),
+        films=[_film(subject, number, pair) for number, pair in enumerate(pairs, start=1)],
+        tables=[Table("attention", f"{len(rows)} attentions, in the order in which a frame passes them", columns, rows)],
+        metrics={"insight/attention_spread": spread},
+        doubts=["Attention shows from where a slot takes what it adds, not what decided the answer."],
+    )
+
+
+def _film(subject: Subject, number: int, pair: Sequence[ClipInside]) -> Film:
+    names = subject.split.label_names
+    clips = [
+        FilmClip(f"clip {clip.key}", clip.frames, names[clip.answer], clip.probability, names[clip.label], clip.slots)
+        for clip in pair
+    ]
+    gif, mp4 = (save_film(subject.figures / f"attention_{number}.{kind}", clips) for kind in ("gif", "mp4"))
+    alt = "; ".join(f"{names[clip.label]}, answered {names[clip.answer]} at {percent(clip.probability)}" for clip in pair)
+    return Film(gif, mp4, alt, f"The centre view of {len(pair)} clips, segment by segment; also figures/{mp4.name}.")
+
+
+def _gates_section(subject: Subject, inside: Inside) -> Section:
+    means = {slot: float(values.mean()) for slot, values in inside.gates.items()}
+    widest, narrowest = max(means, key=lambda slot: means[slot]), min(means, key=lambda slot: means[slot])
+    clips = f"{inside.num_measured:,} clips"
+    if means[widest] == 0:
+        sentence = f"All gates are closed on {clips}: nothing moves between segments."
+    else:
+        sentence = (
+            f"The gate at {widest} opens farthest (mean of |tanh gate| {means[widest]:.3g} over {clips}), that at {narrowest} "
+            f"least ({means[narrowest]:.3g})."
+        )
+    path = draw_gates(subject.figures / "gates.png", {s: v.tolist() for s, v in inside.gates.items()}, inside.num_measured)
+    segments = [f"segment_{number + 1}" for number in range(subject.num_segments)]
+    rows = [
+        {"slot": slot, "mean": means[slot], **dict(zip(segments, values.tolist(), strict=True))}
+        for slot, values in inside.gates.items()
+    ]
+    columns = [Column(name, name.replace("_", " "), "number") for name in ("mean", *segments)]
+    return Section(
+        title="How far gates open",
+        sentence=sentence,
+        text="What a gate lets pass moves to the segment before or after; 0 moves nothing, 1 everything.",
+        pictures=[Picture(path, "gates/activity", sentence, "A row a slot, a column a segment.")],
+        tables=[Table("gates", f"{len(rows)} gates, the first on top", [Column("slot", "slot"), *columns], rows)],
+        metrics={f"insight/gate/{slot}": mean for slot, mean in means.items()},
+    )
+
+
+def _grad_cam_section(subject: Subject, clips: Sequence[ClipInside]) -> Section:
+    names = subject.split.label_names
+    strips = []
+    for clip in clips:
+        strips.append((f"{clip.key}: {names[clip.label]}, answered {names[clip.answer]}", clip.frames, None))
+        strips.append(
+            (f"what raised the answer, {names[clip.answer]} ({percent(clip.probability)})", clip.frames, clip.raised_answer)
+        )
+        if clip.answer != clip.label:
+            strips.append((f"what raised the true class, {names[clip.label]}", clip.frames, clip.raised_label))
+    path = draw_grad_cam(subject.figures / "grad_cam.png", strips)
+    shares = np.mean([clip.raised_answer.sum(axis=(1, 2)) / max(clip.raised_answer.sum(), 1e-9) for clip in clips], axis=0)
+    part = int(shares.argmax())
+    sentence = (
+        f"Of what raised the answers in {len(clips)} clips, {percent(float(shares[part]))} lies in part {part + 1} of "
+        f"{len(shares)} of the clip."
+    )
+    return Section(
+        title="What raised the answer",
+        sentence=sentence,
+        text=(
+            "Grad-CAM on the last map: the places whose features raised the score of a class, on one scale for a clip, whose "
+            "greatest is the brightest. Maps are small, so that borders mean little."
+        ),
+        pictures=[Picture(path, "grad_cam/pairs", sentence, "For each clip its frames and what raised a class, in colours.")],
+    )
