@@ -52,7 +52,7 @@ class Column:
 
     name: str
     head: str
-    kind: Literal["text", "count", "percent"] = "text"
+    kind: Literal["text", "count", "number", "percent"] = "text"
 
 
 @dataclass(frozen=True)
