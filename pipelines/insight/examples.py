@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.evaluation.figures import draw_contact_sheet
+from pipelines.evaluation.figures import draw_contact_sheet, plain_name
 from pipelines.evaluation.scores import ClipScores
 from pipelines.insight.section import Column, Picture, Section, ShownClip, Table
 from pipelines.insight.subject import Subject
@@ -16,9 +15,11 @@ from pipelines.reports.page import percent
 from preprocessing.reader import FrameReader
 from preprocessing.segments import segment_indices
 
+_NARROW = 0.1
 _MAX_FRAMES = 8
+_SHEET_CHARACTERS = 44  # of a name: two of them fit beside each other
 _COLUMNS = (
-    Column("rank", "", "count"),
+    Column("rank", "rank", "count"),
     Column("key", "clip"),
     Column("true", "true class"),
     Column("answer", "answer"),
@@ -26,6 +27,7 @@ _COLUMNS = (
     Column("true_score", "score of the true class", "percent"),
     Column("second", "second answer"),
     Column("margin", "ahead of it", "percent"),
+    Column("entropy", "entropy, nats", "number"),
 )
 
 
@@ -75,25 +77,26 @@ def most_unsure(judged: Sequence[Judgement]) -> list[Judgement]:
 
 def examples_sections(subject: Subject) -> list[Section]:
     """The most wrong answers and the least sure ones, each with its clips, a contact sheet and a table of all."""
-    judged = judge(subject.scores, subject.classes)
+    names, judged = subject.split.label_names, judge(subject.scores, subject.classes)
     wrong, unsure = most_wrong(judged), most_unsure(judged)
-    name_of = partial(_name, subject.split.label_names)
+    sentence = f"None of {len(judged):,} answers is wrong."
     if wrong:
         first = wrong[0]
         sentence = (
             f"{len(wrong):,} of {len(judged):,} answers are wrong; the surest of them, at {percent(first.answer_score)}, takes "
-            f"{name_of(first.label)!r} for {name_of(first.answer)!r}."
+            f"{names[first.label]!r} for {names[first.answer]!r}."
         )
-    else:
-        sentence = f"None of {len(judged):,} answers is wrong."
-    narrow = sum(clip.margin < 0.1 for clip in judged)
+    num_narrow = sum(clip.margin < _NARROW for clip in judged)
+    narrow = (
+        f"In {num_narrow:,} of {len(judged):,} clips the answer is less than {100 * _NARROW:.0f} points ahead of the next one."
+    )
     return [
         _section(subject, "most_wrong", "Most wrong", sentence, "The wrong answers that the network was surest of.", wrong),
         _section(
             subject,
             "most_unsure",
             "Most unsure",
-            f"In {narrow:,} of {len(judged):,} clips the answer is less than 10 points ahead of the next one.",
+            narrow,
             "The answers, right or wrong, that were least ahead of the second one.",
             unsure,
         ),
@@ -117,34 +120,39 @@ def _judge(key: str, label: int, scores: npt.NDArray[np.float64]) -> Judgement:
 
 
 def _section(subject: Subject, name: str, title: str, sentence: str, text: str, ranked: Sequence[Judgement]) -> Section:
-    shown = [_show(subject, clip) for clip in ranked[: subject.settings.num_examples]]
-    pictures = []
-    if shown:
-        path = draw_contact_sheet(
-            subject.figures / f"{name}.png", [(f"{clip.title}   {clip.text}", clip.frames) for clip in shown]
-        )
-        alt = "; ".join(clip.title for clip in shown)
-        pictures.append(Picture(path, f"contact_sheet/{name}", alt, on_page=False))
-    rows = [_row(subject, rank, clip) for rank, clip in enumerate(ranked, start=1)]
+    if not ranked:
+        return Section(title, sentence)
+    names, first = subject.split.label_names, ranked[: subject.settings.num_examples]
+    clips = [ShownClip(_title(names, clip), _text(names, clip), _frames(subject, clip.key)) for clip in first]
+    short_names = [plain_name(label_name, _SHEET_CHARACTERS) for label_name in names]
+    rows_of_frames = [(_title(short_names, clip), shown.frames) for clip, shown in zip(first, clips, strict=True)]
+    path = draw_contact_sheet(subject.figures / f"{name}.png", rows_of_frames)
+    sheet = Picture(path, f"contact_sheet/{name}", "; ".join(clip.title for clip in clips), on_page=False)
+    rows = [_row(names, rank, clip) for rank, clip in enumerate(ranked, start=1)]
     table = Table(name, f"{len(rows):,} clips, the {title.lower()} first", _COLUMNS, rows)
-    return Section(title, sentence, text, pictures, shown, [table] if rows else [])
+    return Section(title, sentence, text, [sheet], clips, [table])
 
 
-def _show(subject: Subject, clip: Judgement) -> ShownClip:
-    name_of = partial(_name, subject.split.label_names)
-    title = f"{name_of(clip.label)}, answered {name_of(clip.answer)} at {percent(clip.answer_score)}"
-    others = [] if clip.answer == clip.label else [f"the true class has {percent(clip.true_score)}"]
+def _title(names: Sequence[str], clip: Judgement) -> str:
+    if clip.answer == clip.label:
+        return f"{names[clip.label]}, rightly answered at {percent(clip.answer_score)}"
+    return f"{names[clip.label]}, answered {names[clip.answer]} at {percent(clip.answer_score)}"
+
+
+def _text(names: Sequence[str], clip: Judgement) -> str:
+    parts = [f"clip {clip.key}"]
+    if clip.answer != clip.label:
+        parts.append(f"the true class has {percent(clip.true_score)}")
     if clip.second is not None and clip.second != clip.label:
-        others.append(f"second is {name_of(clip.second)}, {100 * clip.margin:.1f} points behind")
-    return ShownClip(title, "; ".join([f"clip {clip.key}", *others]), _frames(subject, clip.key))
+        parts.append(f"second is {names[clip.second]}, {100 * clip.margin:.1f} points behind")
+    return "; ".join(parts)
 
 
-def _row(subject: Subject, rank: int, clip: Judgement) -> Mapping[str, Any]:
-    name_of = partial(_name, subject.split.label_names)
-    names = {"true": name_of(clip.label), "answer": name_of(clip.answer)}
-    names["second"] = "" if clip.second is None else name_of(clip.second)
+def _row(names: Sequence[str], rank: int, clip: Judgement) -> Mapping[str, Any]:
+    classes = {"true": names[clip.label], "answer": names[clip.answer]}
+    second = "" if clip.second is None else names[clip.second]
     scores = {"answer_score": clip.answer_score, "true_score": clip.true_score, "margin": clip.margin}
-    return {"rank": rank, "key": clip.key, **names, **scores}
+    return {"rank": rank, "key": clip.key, **classes, "second": second, **scores, "entropy": clip.entropy}
 
 
 def _frames(subject: Subject, key: str) -> list[npt.NDArray[np.uint8]]:
@@ -152,7 +160,3 @@ def _frames(subject: Subject, key: str) -> list[npt.NDArray[np.uint8]]:
     video = subject.split.video(subject.row_of[key])
     frame_indices = segment_indices(len(video.frame_sizes), min(_MAX_FRAMES, subject.num_segments))
     return FrameReader(subject.split).read_frames(video, frame_indices.tolist())
-
-
-def _name(names: Sequence[str], label: int) -> str:
-    return names[label]

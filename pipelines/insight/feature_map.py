@@ -179,8 +179,8 @@ def _clip_table(
         Column("key", "clip"),
         Column("class", "class"),
         Column("purity", "neighbours of the class", "percent"),
-        Column("x", "x on the map", "count"),
-        Column("y", "y", "count"),
+        Column("x", "x on the map", "number"),
+        Column("y", "y", "number"),
     )
     return Table("map", f"{len(rows):,} clips", columns, rows, num_shown=0)
 

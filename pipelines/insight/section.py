@@ -69,7 +69,7 @@ class Column:
 
     name: str
     head: str
-    kind: Literal["text", "count", "percent", "number"] = "text"
+    kind: Literal["text", "count", "number", "percent"] = "text"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from pipelines.explaining import explain
 from pipelines.graph import StageContext
 from pipelines.insight.settings import InsightSettings
 
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's processes, whose output nobody closes
+
 
 @pytest.fixture(scope="module")
 def explained(judged, tmp_path_factory):

@@ -197,5 +197,5 @@ def test_a_network_of_which_weights_are_missing_is_refused(judged, tmp_path, spo
         load_model(tmp_path / "model")
     path.write_bytes(b"no weights")
     facts_path.write_text(json.dumps(json.loads(facts_path.read_bytes()) | {"sha256": sha256_file(path)}))
-    with pytest.raises(DataError, match=r"model.safetensors holds no weights: .*; train again"):
+    with pytest.raises(DataError, match=r"model.safetensors cannot be read as weights: .*; train again"):
         load_model(tmp_path / "model")
