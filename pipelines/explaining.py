@@ -15,6 +15,7 @@ from pipelines.graph import StageContext
 from pipelines.insight.examples import examples_sections
 from pipelines.insight.feature_map import map_section
 from pipelines.insight.features import embed_on_cluster
+from pipelines.insight.inside import look_inside_on_cluster
 from pipelines.insight.inside_sections import inside_sections
 from pipelines.insight.section import Section
 from pipelines.insight.settings import InsightSettings
@@ -50,8 +51,9 @@ def look(context: StageContext, subject: Subject) -> list[Section]:
     """The sections of the page, in its order."""
     context.on_progress(0, len(subject.rows), "clips looked at")
     features = embed_on_cluster(subject)
+    inside = look_inside_on_cluster(subject)
     context.on_progress(len(subject.rows), len(subject.rows), "clips looked at")
-    return [map_section(subject, features), *examples_sections(subject), *inside_sections(subject)]
+    return [map_section(subject, features), *examples_sections(subject), *inside_sections(subject, inside)]
 
 
 def _record(context: StageContext, sections: Sequence[Section]) -> None:

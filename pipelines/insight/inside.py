@@ -1,5 +1,6 @@
 """Some clips through a trained network once more, for what goes on inside it: attention, gates, and what raised an answer."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,16 @@ from infra import cluster
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.films import SHOWN_PIXELS, SlotFilm, slot_films
 from pipelines.evaluation.grad_cam import grad_cam
+from pipelines.insight.examples import Judgement, judge, most_wrong
 from pipelines.insight.features import OpenNetwork, open_network
-from pipelines.insight.subject import Subject
+from pipelines.insight.subject import Subject, spread_places
 from pipelines.training.scoring import NUM_THREADS, plan_workers
 from preprocessing.clips import centre_clip
 from preprocessing.decode import DecodedVideo
 from preprocessing.reader import FrameReader
+
+_MAX_MEASURED = 64
+"""So many clips, evenly spread, are enough for means of gates and attention."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +54,60 @@ class Inside:
     """What goes on in a network.
 
     Attributes:
-        clips: those that are shown, in the order asked for.
+        pairs: clips that are shown beside each other, as `choose_pairs` chose them.
         num_measured: over how many clips the next two are means.
         gates: by slot, the mean of |tanh gate| at each segment; nothing of a network without gates. Shape: [T] each.
         attention: by name of the attention its gamma and the mean of `AttentionMap.spread`; nothing of a network without.
     """
 
-    clips: Sequence[ClipInside]
+    pairs: Sequence[Sequence[ClipInside]]
     num_measured: int
     gates: Mapping[str, npt.NDArray[np.float64]]
     attention: Mapping[str, tuple[float, float]]
 
 
-def look_inside_on_cluster(subject: Subject, shown: Sequence[int], measured: Sequence[int]) -> Inside:
-    """As `look_inside`, by a worker of the cluster to which this process is connected.
+def choose_pairs(judged: Sequence[Judgement], num_pairs: int) -> list[list[Judgement]]:
+    """Pairs of a right and a wrong answer, the right one first; alone where there is no other.
+
+    The wrong ones are those that the network was surest of, of as many classes as there are; beside each stands the surest
+    right one of the same class or, if there is none, of any. No clip is shown twice.
+
+    Args:
+        judged: the clips to choose from.
+        num_pairs: at most so many.
+    """
+    times: Counter[int] = Counter()
+    turns = []
+    for clip in most_wrong(judged):
+        turns.append((times[clip.label], clip))
+        times[clip.label] += 1
+    wrong = [clip for _, clip in sorted(turns, key=lambda turn: turn[0])]
+    right = sorted((clip for clip in judged if clip.answer == clip.label), key=lambda clip: (-clip.answer_score, clip.key))
+    pairs = []
+    for number in range(num_pairs):
+        pair = wrong[number : number + 1]
+        beside = [clip for clip in right if pair and clip.label == pair[0].label] or right
+        right = [clip for clip in right if clip not in beside[:1]]
+        pairs.append([*beside[:1], *pair])
+    return [pair for pair in pairs if pair]
+
+
+def look_inside_on_cluster(subject: Subject) -> Inside:
+    """As `look_inside`, by a worker of the cluster to which this process is connected: pairs of clips, and means over 64.
 
     Raises:
         ClusterError: as `cluster.call`; and what `look_inside` raises.
     """
     worker = plan_workers(cluster.node_resources(), num_batches=1)
-    what = {"model_dir": subject.model_dir, "shards_place": subject.shards_place, "settings": subject.one_view}
-    arguments = what | {"shown": shown, "measured": measured, "num_threads": NUM_THREADS}
+    pairs = choose_pairs(judge(subject.scores, subject.classes), subject.settings.num_pairs)
+    arguments = {
+        "model_dir": subject.model_dir,
+        "shards_place": subject.shards_place,
+        "settings": subject.one_view,
+        "shown": [[subject.row_of[clip.key] for clip in pair] for pair in pairs],
+        "measured": [subject.rows[place] for place in spread_places(len(subject.rows), _MAX_MEASURED)],
+        "num_threads": NUM_THREADS,
+    }
     return cluster.call(look_inside, num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, arguments=arguments)
 
 
@@ -77,7 +115,7 @@ def look_inside(
     model_dir: Path,
     shards_place: str,
     settings: EvaluateSettings,
-    shown: Sequence[int],
+    shown: Sequence[Sequence[int]],
     measured: Sequence[int],
     num_threads: int | None = None,
 ) -> Inside:
@@ -85,7 +123,7 @@ def look_inside(
 
     Args:
         model_dir, shards_place, settings: as `open_network` takes them; of one view a clip.
-        shown: rows of the split, of clips to be drawn.
+        shown: rows of the split, of clips to be drawn beside each other.
         measured: rows of clips over which means are taken; at least one.
         num_threads: of torch; None leaves them alone.
 
@@ -97,8 +135,9 @@ def look_inside(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     gates, attention = _measure(open_network(model_dir, shards_place, settings, measured))
-    clips = _look_at(open_network(model_dir, shards_place, settings, shown)) if shown else []
-    return Inside(clips, len(measured), gates, attention)
+    rows = [row for pair in shown for row in pair]
+    clips = iter(_look_at(open_network(model_dir, shards_place, settings, rows)) if rows else ())
+    return Inside([[next(clips) for _ in pair] for pair in shown], len(measured), gates, attention)
 
 
 def _measure(network: OpenNetwork) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, tuple[float, float]]]:

@@ -1,10 +1,5 @@
-"""What goes on inside a network, as parts of the page: where attention looks, how far gates open, what raised an answer.
+"""What goes on inside a network, as parts of the page: where attention looks, how far gates open, what raised an answer."""
 
-Shown are pairs of clips: one that the network answered wrong with great certainty, and one that it answered right, of the same
-class where there is one.
-"""
-
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,73 +7,36 @@ import numpy as np
 from pipelines.evaluation.films import FilmClip, save_film
 from pipelines.evaluation.gate_figures import draw_gates
 from pipelines.evaluation.grad_cam import draw_grad_cam
-from pipelines.insight.examples import Judgement, judge, most_wrong
-from pipelines.insight.inside import ClipInside, Inside, look_inside_on_cluster
+from pipelines.insight.inside import ClipInside, Inside
 from pipelines.insight.section import Column, Film, Picture, Section, Table
-from pipelines.insight.subject import Subject, spread_places
+from pipelines.insight.subject import Subject
 from pipelines.reports.page import percent
 
-MAX_MEASURED = 64
-"""So many clips, evenly spread, are enough for means of gates and attention."""
 
-
-def choose_pairs(judged: Sequence[Judgement], num_pairs: int) -> list[list[Judgement]]:
-    """Pairs of a right and a wrong answer, the right one first; alone where there is no other.
-
-    The wrong ones are those that the network was surest of, of as many classes as there are; beside each stands the surest
-    right one of the same class or, if there is none, of any. No clip is shown twice.
-
-    Args:
-        judged: the clips to choose from.
-        num_pairs: at most so many.
-    """
-    times: Counter[int] = Counter()
-    turns = []
-    for clip in most_wrong(judged):
-        turns.append((times[clip.label], clip))
-        times[clip.label] += 1
-    wrong = [clip for _, clip in sorted(turns, key=lambda turn: turn[0])]
-    right = sorted((clip for clip in judged if clip.answer == clip.label), key=lambda clip: (-clip.answer_score, clip.key))
-    pairs = []
-    for number in range(num_pairs):
-        pair = wrong[number : number + 1]
-        beside = [clip for clip in right if pair and clip.label == pair[0].label] or right
-        right = [clip for clip in right if clip not in beside[:1]]
-        pairs.append([*beside[:1], *pair])
-    return [pair for pair in pairs if pair]
-
-
-def inside_sections(subject: Subject) -> list[Section]:
+def inside_sections(subject: Subject, inside: Inside) -> list[Section]:
     """Where attention looks, how far gates open, what raised the answers; the first two of networks that have them."""
-    pairs = choose_pairs(judge(subject.scores, subject.classes), subject.settings.num_pairs)
-    shown = [subject.row_of[clip.key] for pair in pairs for clip in pair]
-    measured = [subject.rows[place] for place in spread_places(len(subject.rows), MAX_MEASURED)]
-    inside = look_inside_on_cluster(subject, shown, measured)
-    clips = iter(inside.clips)
-    paired = [[next(clips) for _ in pair] for pair in pairs]
     sections = []
     if inside.attention:
-        sections.append(_attention_section(subject, inside, paired))
+        sections.append(_attention_section(subject, inside))
     if inside.gates:
         sections.append(_gates_section(subject, inside))
-    if paired:
-        sections.append(_grad_cam_section(subject, inside.clips))
+    if inside.pairs:
+        sections.append(_grad_cam_section(subject, inside))
     return sections
 
 
-def _attention_section(subject: Subject, inside: Inside, pairs: Sequence[Sequence[ClipInside]]) -> Section:
+def _attention_section(subject: Subject, inside: Inside) -> Section:
     strongest = max(inside.attention, key=lambda name: abs(inside.attention[name][0]))
     gamma, spread = inside.attention[strongest]
-    where = f"{len(inside.attention)} attention{'s' if len(inside.attention) > 1 else ''}"
     if gamma == 0:
-        sentence = f"Every gamma is 0: the network has {where}, but none adds anything."
+        sentence = f"Every gamma is 0: attention, at {', '.join(inside.attention)}, adds nothing."
     else:
         sentence = (
-            f"Of {where} that at {strongest} counts most (gamma {gamma:+.3g}); its looks go to {percent(spread)} of the places "
-            "of a clip, where 100 % would be all alike."
+            f"Attention at {strongest} counts most (gamma {gamma:+.3g}); its looks are spread over {percent(spread)} of the "
+            "places of a clip, where 100 % is all alike."
         )
     rows = [{"slot": name, "gamma": gamma, "spread": spread} for name, (gamma, spread) in inside.attention.items()]
-    columns = (Column("slot", "slot"), Column("gamma", "gamma", "number"), Column("spread", "looks go to", "percent"))
+    columns = (Column("slot", "slot"), Column("gamma", "gamma", "number"), Column("spread", "looks are spread over", "percent"))
     return Section(
         title="Where attention looks",
         sentence=sentence,
@@ -86,8 +44,10 @@ def _attention_section(subject: Subject, inside: Inside, pairs: Sequence[Sequenc
             "Each place of a film is covered as much as it is looked at, times |gamma|, on one scale for all films. "
             f"How far looks are spread is the mean over {inside.num_measured:,} clips."
         ),
-        films=[_film(subject, number, pair) for number, pair in enumerate(pairs, start=1)],
-        tables=[Table("attention", f"{len(rows)} attentions, in the order in which a frame passes them", columns, rows)],
+        films=[_film(subject, number, pair) for number, pair in enumerate(inside.pairs, start=1)],
+        tables=[
+            Table("attention", f"gamma and spread of {len(rows)}, in the order in which a frame passes them", columns, rows)
+        ],
         metrics={"insight/attention_spread": spread},
         doubts=["Attention shows from where a slot takes what it adds, not what decided the answer."],
     )
@@ -132,8 +92,9 @@ def _gates_section(subject: Subject, inside: Inside) -> Section:
     )
 
 
-def _grad_cam_section(subject: Subject, clips: Sequence[ClipInside]) -> Section:
+def _grad_cam_section(subject: Subject, inside: Inside) -> Section:
     names = subject.split.label_names
+    clips = [clip for pair in inside.pairs for clip in pair]
     strips = []
     for clip in clips:
         strips.append((f"{clip.key}: {names[clip.label]}, answered {names[clip.answer]}", clip.frames, None))

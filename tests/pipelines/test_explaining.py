@@ -38,7 +38,10 @@ def test_all_that_the_page_shows_is_in_the_stages_folder_and_in_mlflow(explained
     kept = {str(Path(entry["folder"]) / Path(entry["file"]).name) for entry in told if entry["do"] == "file"}
     assert kept == {name if "/" in name else f"report/{name}" for name in files}
     tiles = {entry["key"] for entry in told if entry["do"] == "image"}
-    assert tiles == {"features/map", "contact_sheet/most_wrong", "contact_sheet/most_unsure"}
+    assert tiles == {
+        *("features/map", "contact_sheet/most_wrong", "contact_sheet/most_unsure"),
+        *("gates/activity", "grad_cam/pairs"),
+    }
     (note,) = [entry["values"]["mlflow.note.content"] for entry in told if entry["do"] == "tags"]
     assert note.startswith(summary["text"])
     assert {"insight/purity", "insight/purity_chance"} <= set(summary["metrics"])
@@ -51,6 +54,7 @@ def test_the_page_has_the_map_the_frames_and_every_answer(explained):
     summary, _, output_dir = explained
     page = (output_dir / "index.html").read_text()
     assert page.index(summary["text"]) < page.index("Most wrong") < page.index("Most unsure")
-    assert page.count("data:image/png") == 1
+    assert page.count("data:image/png") == 3
+    assert page.count("data:image/gif") == len(list((output_dir / "figures").glob("attention_*.mp4"))) == 2
     assert page.count("data:image/jpeg") == 2 * 3 * 4
     assert len((output_dir / "tables" / "most_unsure.csv").read_text().splitlines()) == 1 + 24

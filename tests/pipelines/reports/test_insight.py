@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.insight.section import Column, Picture, Section, ShownClip, Table
+from pipelines.insight.section import Column, Film, Picture, Section, ShownClip, Table
 from pipelines.reports.insight import describe_insight, write_insight
 
 FRAME = np.zeros((30, 40, 3), np.uint8)
@@ -21,6 +21,8 @@ def sections(tmp_path: Path, hostile_names: list[str]) -> list[Section]:
         Picture(tmp_path / "figures" / "map.png", "features/map", f"map of {hostile_names[3]}", "how to read it"),
         Picture(tmp_path / "figures" / "sheet.png", "contact_sheet/sheet", "in MLflow alone", on_page=False),
     ]
+    film = Film(tmp_path / "figures" / "a.gif", tmp_path / "figures" / "a.mp4", f"film of {hostile_names[0]}", "how it moves")
+    Image.new("RGB", (960, 300)).save(film.gif)
     columns = (Column("class", "class"), Column("num_clips", "clips", "count"), Column("purity", "share", "percent"))
     rows = [{"class": name, "num_clips": 1234, "purity": None if name.startswith("=") else 0.5} for name in hostile_names]
     return [
@@ -31,6 +33,7 @@ def sections(tmp_path: Path, hostile_names: list[str]) -> list[Section]:
             tables=[Table("classes", "all classes", columns, rows, num_shown=3)],
             doubts=["Only one seed."],
         ),
+        Section("Looks", "It looks.", films=[film]),
         Section("Wrong", f"{hostile_names[2]} is wrong.", clips=[ShownClip(hostile_names[1], "clip v1", [FRAME] * 4)]),
     ]
 
@@ -42,12 +45,22 @@ def test_the_page_opens_with_the_answer_and_holds_all_that_it_shows(
     assert path.name == "index.html"
     page = read_page(path)
     text = " ".join(" ".join(page.text).split())
-    parts = [sections[0].sentence, "What to distrust", "Only one seed.", "Alike", "how to read it", "1,234", "50.0 %", "Wrong"]
+    parts = [
+        sections[0].sentence,
+        "What to distrust",
+        "Only one seed.",
+        "Alike",
+        "how to read it",
+        "1,234",
+        "50.0 %",
+        "how it moves",
+        "Wrong",
+    ]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert "all classes; here 3, all in tables/classes.csv" in text
     assert hostile_names[4] not in text  # a row beyond the three that are shown
-    assert page.tags.count("img") == 1 + 4
+    assert page.tags.count("img") == 1 + 1 + 4
     assert 'alt="frame 2 of 4' in path.read_text()
     table = (tmp_path / "tables" / "classes.csv").read_text(encoding="utf-8")
     assert "'=cmd" in table
