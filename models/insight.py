@@ -49,7 +49,8 @@ class AttentionMap(NamedTuple):
         """
         share = self.received.flatten(1)
         share = share / share.sum(dim=1, keepdim=True)
-        return torch.special.entr(share).sum(dim=1).exp() / share.shape[1]
+        spread: Tensor = torch.special.entr(share).sum(dim=1).exp() / share.shape[1]
+        return spread
 
 
 @torch.no_grad()

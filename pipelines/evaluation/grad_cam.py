@@ -23,6 +23,9 @@ from pipelines.evaluation.overlay import enlarge, overlay
 if TYPE_CHECKING:
     from models.classifier import VideoClassifier
 
+Strip = tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.float32] | None]
+"""A title, frames [T, H, W, 3] and the heat [t, h, w] that covers them; None leaves them as they are."""
+
 
 class _FromLastMap(nn.Module):
     """A network whose last map passes a module of its own, for the package to look at; what comes before gets no gradient."""
@@ -64,15 +67,15 @@ def grad_cam(model: "VideoClassifier", clip_1T3HW: Tensor, label: int) -> npt.ND
     return heat
 
 
-def draw_grad_cam(path: Path, rows: Sequence[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.float32] | None]]) -> Path:
+def draw_grad_cam(path: Path, strips: Sequence[Strip]) -> Path:
     """Draw strips of frames under what Grad-CAM found.
 
     Args:
         path: of the PNG.
-        rows: title, frames [T, H, W, 3] and heat [t, h, w] of each strip; None leaves the frames as they are.
+        strips: in order.
     """
-    strips = [
+    rows = [
         (title, list(frames if heat is None else overlay(frames, enlarge(heat, *frames.shape[:3]))))
-        for title, frames, heat in rows
+        for title, frames, heat in strips
     ]
-    return draw_contact_sheet(path, strips)
+    return draw_contact_sheet(path, rows)

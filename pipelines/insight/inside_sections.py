@@ -6,7 +6,7 @@ import numpy as np
 
 from pipelines.evaluation.films import FilmClip, save_film
 from pipelines.evaluation.gate_figures import draw_gates
-from pipelines.evaluation.grad_cam import draw_grad_cam
+from pipelines.evaluation.grad_cam import Strip, draw_grad_cam
 from pipelines.insight.inside import ClipInside, Inside
 from pipelines.insight.section import Column, Film, Picture, Section, Table
 from pipelines.insight.subject import Subject
@@ -95,7 +95,7 @@ def _gates_section(subject: Subject, inside: Inside) -> Section:
 def _grad_cam_section(subject: Subject, inside: Inside) -> Section:
     names = subject.split.label_names
     clips = [clip for pair in inside.pairs for clip in pair]
-    strips = []
+    strips: list[Strip] = []
     for clip in clips:
         strips.append((f"{clip.key}: {names[clip.label]}, answered {names[clip.answer]}", clip.frames, None))
         strips.append(

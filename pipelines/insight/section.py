@@ -100,19 +100,19 @@ class Section:
         sentence: the answer; that of the first section opens the page and MLflow's description.
         text: how to read what follows.
         pictures: in order.
-        films: below the pictures.
-        clips: below the films.
+        clips: below the pictures and films.
         tables: below the clips.
         metrics: for MLflow, by names such as "insight/knn_purity".
         doubts: what not to conclude from it.
+        films: below the pictures.
     """
 
     title: str
     sentence: str
     text: str = ""
     pictures: Sequence[Picture] = ()
-    films: Sequence[Film] = ()
     clips: Sequence[ShownClip] = ()
     tables: Sequence[Table] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     doubts: Sequence[str] = ()
+    films: Sequence[Film] = ()
