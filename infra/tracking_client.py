@@ -103,7 +103,7 @@ class Sender:
         """Whether the entry has failed several times on end, while MLflow can write something else."""
         self._num_doubts = self._num_doubts + 1 if entry is self._doubted else 1
         self._doubted = entry
-        if entry["do"] == "file" or self._num_doubts < _DOUBTFUL_TRIES:
+        if entry["do"] in ("file", "image") or self._num_doubts < _DOUBTFUL_TRIES:
             return False
         try:
             self._client.set_experiment_tag(self._experiment_id, "write_test", entry["do"])
@@ -190,6 +190,17 @@ class Sender:
         path = self._folder / entry["file"]
         self._client.log_artifact(self._resolved(entry["run"]), str(path), entry["folder"] or None)
 
+    def _send_image(self, entry: Entry) -> None:
+        """MLflow's names of images are random, so that one that was sent before is looked for by its key, step and time."""
+        from PIL import Image
+
+        run_id, facts = self._resolved(entry["run"]), {name: entry[name] for name in ("key", "step")}
+        sent = [Path(file.path).name for file in self._client.list_artifacts(run_id, "images")]
+        parts = (entry["key"].replace("/", "~"), f"step+{entry['step']}+", f"timestamp+{entry['time']}+", "compressed")
+        if not any(all(part in name for part in parts) for name in sent):  # the compressed copy is written last
+            with Image.open(self._folder / entry["file"]) as image:
+                self._client.log_image(run_id, image, timestamp=entry["time"], synchronous=True, **facts)
+
     def _send_dataset(self, entry: Entry) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -219,6 +230,7 @@ _SENDERS: dict[str, Callable[[Sender, Entry], None]] = {
     "params": Sender._send_params,
     "tags": Sender._send_tags,
     "file": Sender._send_file,
+    "image": Sender._send_image,
     "dataset": Sender._send_dataset,
     "model": Sender._send_model,
     "finish": Sender._finish,

@@ -94,6 +94,16 @@ class TrackedRun:
         """Copy a file, as it is now, into a folder of the run ("figures", "tables", "report"); "" is the top."""
         self._append("file", file=self._spool.keep(path.name, path.read_bytes()), folder=folder)
 
+    def log_image(self, path: Path, key: str, step: int = 0) -> None:
+        """Show a picture as a tile among the run's charts, with a slider over steps; see `log_file` for the file itself.
+
+        Args:
+            path: a PNG, as it is now.
+            key: of letters, digits, `_`, `-`, `.`, `/` and spaces; what stands before the `/` is the section of charts.
+            step: pictures of one key are sorted by it.
+        """
+        self._append("image", file=self._spool.keep(path.name, path.read_bytes()), key=key, step=step, time=now())
+
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Record an input: shown as "name (digest) context" in the runs table.
 

@@ -113,6 +113,28 @@ class VideoClassifier(nn.Module):
         """
         return self.classify(self.base_model(self.frames(clips_BT3HW)))
 
+    def embed(self, clips_BT3HW: Tensor) -> Tensor:
+        """What the classifier sees of each clip: the vector that alone decides its logits, without dropout.
+
+        With the mean over segments as consensus it is the mean of the backbone's features: `new_fc`, being linear, makes the
+        clip's logits of it. A consensus that looks at the order of segments sees more than a mean; there it is what `new_fc`
+        says of each segment, one after another. Of a backbone that takes whole clips it is the features.
+
+        Shape:
+            input: float [B, T, 3, H, W]. Output: [B, D] in the type of the parameters; D is the backbone's `num_features`, or
+            T times what `new_fc` says of a frame.
+
+        Raises:
+            ValueError: as `frames`.
+        """
+        features = self.base_model(self.frames(clips_BT3HW)).to(self.new_fc.weight.dtype)
+        if self.takes_clips:
+            return features  # type: ignore[no-any-return]
+        if isinstance(self.consensus, MeanConsensus):
+            return features.view(-1, self.num_segments, features.shape[-1]).mean(dim=1)  # type: ignore[no-any-return]
+        with torch.autocast(features.device.type, enabled=False):
+            return self.new_fc(features).view(len(clips_BT3HW), -1)  # type: ignore[no-any-return]
+
     def frames(self, clips_BT3HW: Tensor) -> Tensor:
         """What the backbone takes of clips: frames [B * T, 3, H, W], or whole clips [B, 3, T, H, W].
 

@@ -1,7 +1,5 @@
 """Attention switched on and off by slot at run time: one set of weights, every placement within the one of its making."""
 
-from torch import nn
-
 from models.classifier import VideoClassifier
 from models.placement import Placement, parse_placement
 from models.temporal.attention import SelfAttention
@@ -29,7 +27,7 @@ def attend_only(model: VideoClassifier, placement: str | int | Placement) -> Pla
         >>> str(attend_only(build_model("sa_gsm_bn_inception", num_classes=2, num_segments=2), "5b+4e"))
         '4e,5b'
     """
-    attentions = _attentions(model)
+    attentions = slot_attentions(model)
     chosen = parse_placement(placement, tuple(model.base_model.SLOTS))  # type: ignore[arg-type]  # "Tensor | Module"
     lacking = [slot for slot in chosen if slot not in attentions]
     if lacking:
@@ -48,12 +46,16 @@ def attention_slots(model: VideoClassifier) -> tuple[str, ...]:
         >>> attention_slots(build_model("sa_gsm_bn_inception", num_classes=2, num_segments=2, placement="5b,3c"))
         ('3c', '5b')
     """
-    return tuple(_attentions(model))
+    return tuple(slot_attentions(model))
 
 
-def _attentions(model: VideoClassifier) -> dict[str, SelfAttention]:
-    """The attention of each slot that has one. Gates stand in all slots, in their order."""
-    gates: list[nn.Module] = [module for module in model.modules() if isinstance(module, GateShift)]
+def slot_gates(model: VideoClassifier) -> dict[str, GateShift]:
+    """The gate of each slot, in the order in which a frame passes them; of a network without gates none."""
+    gates = [module for module in model.modules() if isinstance(module, GateShift)]
     slots = tuple(model.base_model.SLOTS) if gates else ()  # type: ignore[arg-type]  # "Tensor | Module"
-    pairs = zip(slots, (gate.attn for gate in gates), strict=True)
-    return {slot: attn for slot, attn in pairs if isinstance(attn, SelfAttention)}
+    return dict(zip(slots, gates, strict=True))
+
+
+def slot_attentions(model: VideoClassifier) -> dict[str, SelfAttention]:
+    """The attention of each slot that has one, switched on or off, in the order in which a frame passes them."""
+    return {slot: gate.attn for slot, gate in slot_gates(model).items() if isinstance(gate.attn, SelfAttention)}

@@ -45,10 +45,19 @@ class VideoResNet(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """Features of clips: [B, 3, T, H, W] to [B, 512]."""
+        return self.head(self.last_map(x_BCTHW))
+
+    def last_map(self, x_BCTHW: Tensor) -> Tensor:
+        """What `head` gets of clips: [B, 512, t, h, w]."""
         x = x_BCTHW
-        for child in self.children():
-            x = child(x)
-        return x.flatten(1)
+        for child in ("stem", "layer1", "layer2", "layer3", "layer4"):
+            x = self.get_submodule(child)(x)
+        return x
+
+    def head(self, x_BCTHW: Tensor) -> Tensor:
+        """The last map to features."""
+        features: Tensor = self.get_submodule("avgpool")(x_BCTHW)
+        return features.flatten(1)
 
 
 class S3D(nn.Module):
@@ -77,5 +86,13 @@ class S3D(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """Features of clips: [B, 3, T, H, W] to [B, 1024]."""
-        features: Tensor = self.features(x_BCTHW).mean(dim=(2, 3, 4))
-        return features
+        return self.head(self.last_map(x_BCTHW))
+
+    def last_map(self, x_BCTHW: Tensor) -> Tensor:
+        """What `head` gets of clips: [B, 1024, t, h, w]."""
+        x: Tensor = self.features(x_BCTHW)
+        return x
+
+    def head(self, x_BCTHW: Tensor) -> Tensor:
+        """The last map to features."""
+        return x_BCTHW.mean(dim=(2, 3, 4))

@@ -99,11 +99,12 @@ def plan(
         return
     width = max(10, *(len(item.name) + 2 for item in planned))
     stage_of = {item.name: item.stage.name for item in planned}
-    print(f"{'stage':<{width}}{'needs':<42}{'status':<8}why")
+    needs = {item.name: ", ".join(dict.fromkeys(stage_of[node] for node in item.needs.values())) or "-" for item in planned}
+    wide = max(42, *(len(text) + 2 for text in needs.values()))
+    print(f"{'stage':<{width}}{'needs':<{wide}}{'status':<8}why")
     for item in planned:
-        needs = ", ".join(dict.fromkeys(stage_of[node] for node in item.needs.values())) or "-"
         status = "cached" if item.artifact else "run"
-        print(f"{item.name:<{width}}{needs:<42}{status:<8}{item.reason}".rstrip())
+        print(f"{item.name:<{width}}{needs[item.name]:<{wide}}{status:<8}{item.reason}".rstrip())
     print(f"\n{preview_text(training)}")
     if forecast:
         print(f"\n{forecast[1]}")

@@ -28,7 +28,8 @@ from pipelines.reproduction import Band, card_markdown
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _COMPARED_ON = ("dataset", "shards")
 _OWN = ("seeds", "at_once")
-_LEFT_OUT = "report"  # a page about one network; the comparison has its own
+# Pages about one network: the comparison has its own, and to explain each of ten networks would take minutes.
+_LEFT_OUT = ("insight", "report")
 _COMPARE_VERSION = 2
 
 
@@ -162,7 +163,7 @@ class Trained:
 
 def plan_comparison(stages: Sequence[Stage], comparison: Comparison, experiment: str, store: Store) -> list[PlannedStage]:
     """Plan every variant with every seed, once what has one fingerprint, and the stage that compares them."""
-    table = [_reading_raw_data_once(stage) for stage in stages if stage.name != _LEFT_OUT]
+    table = [_reading_raw_data_once(stage) for stage in stages if stage.name not in _LEFT_OUT]
     plans = {
         training.label: plan(table, training.config, experiment, store, training.label) for training in comparison.trainings()
     }

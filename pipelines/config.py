@@ -8,6 +8,7 @@ from pydantic import model_validator
 from infra.errors import ConfigError
 from infra.settings import Settings, apply_overrides
 from pipelines.evaluation.evaluate import EvaluateSettings
+from pipelines.insight.settings import InsightSettings
 from pipelines.reproduction import Expected
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.datasets import DatasetSettings
@@ -36,6 +37,7 @@ class ExperimentConfig(Settings):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    insight: InsightSettings = InsightSettings()
     expected: Expected = Expected()
 
     @model_validator(mode="after")

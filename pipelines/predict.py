@@ -7,6 +7,7 @@ several formats).
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from infra.errors import ConfigError
 from pipelines.training.job import load_model
 from preprocessing.clips import centre_clip
 from preprocessing.decode import DecodedVideo, DecodeSettings, VideoRejectedError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from models.classifier import VideoClassifier
+    from pipelines.evaluation.films import FilmClip
     from pipelines.training.precision import Precision
 
 _log = logging.getLogger(__name__)
@@ -85,6 +88,37 @@ class Predictor:
         Raises:
             OSError: if the machine, not the video, is at fault.
         """
+        return self._ask(path, lambda clips: (self.model(clips), None))[0]
+
+    def watch(self, path: Path) -> "tuple[Prediction, FilmClip | None]":
+        """`predict`, and the clip with the attention over it for a film (`save_film`); None for a broken video.
+
+        Raises:
+            OSError: as `predict`.
+            ConfigError: if the network has no attention.
+        """
+        from models.insight import attention_maps
+        from models.switch import slot_attentions
+        from pipelines.evaluation.films import SHOWN_PIXELS, FilmClip, slot_films
+
+        if not slot_attentions(self.model):
+            raise ConfigError(
+                "the network has no attention in any slot, so there is nothing that a film could show; expected an SA-GSM "
+                "network whose placement is not none; predict without --film, or take another --model"
+            )
+        prediction, seen = self._ask(path, lambda clips: attention_maps(self.model, clips))
+        if seen is None:
+            return prediction, None
+        video, maps = seen
+        ((label, score),) = prediction.top(1)
+        frames = centre_clip(video, self.sampling, self.pixels, SHOWN_PIXELS)
+        name = Prediction.readable(Path(path.name))
+        return prediction, FilmClip(name, frames, self.label_names[label], score, None, slot_films(maps))
+
+    def _ask(
+        self, path: Path, look: "Callable[[torch.Tensor], tuple[torch.Tensor, Any]]"
+    ) -> tuple[Prediction, tuple[DecodedVideo, Any] | None]:
+        """What is said of a video, and, unless it is broken, the video and what `look` saw beside the logits of its clip."""
         import torch
 
         from pipelines.training.precision import autocast
@@ -92,12 +126,12 @@ class Predictor:
         try:
             video = read_video(path, self.decoding)
         except VideoRejectedError as error:
-            return Prediction(Prediction.readable(path), None, error.reason, error.detail)
+            return Prediction(Prediction.readable(path), None, error.reason, error.detail), None
         clip = torch.from_numpy(centre_clip(video, self.sampling, self.pixels))
         clips = clip.unsqueeze(0).permute(0, 1, 4, 2, 3).to(self.device)
         with torch.inference_mode(), autocast(self.precision, self.device):
-            logits = self.model(self.model.prepare(clips)).float()
-        return Prediction(Prediction.readable(path), logits[0].cpu().numpy())
+            logits, seen = look(self.model.prepare(clips))
+        return Prediction(Prediction.readable(path), logits[0].float().cpu().numpy()), (video, seen)
 
     def describe(self, prediction: Prediction, count: int) -> dict[str, Any]:
         """A prediction as plain data: path, status ("ok" or "rejected"), reason, detail, and the `count` best classes."""

@@ -4,12 +4,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infra.errors import ConfigError, DataError, PipelineError
 from pipelines.printing import print_json, print_table
+
+if TYPE_CHECKING:
+    from pipelines.predict import Prediction, Predictor
 
 
 def predict(
@@ -33,6 +36,12 @@ def predict(
         Path | None,
         typer.Option("--output", metavar="FILE.parquet", help="Ask on Ray; a row for every video, broken ones with a reason."),
     ] = None,
+    film: Annotated[
+        Path | None,
+        typer.Option(
+            "--film", metavar="FILE.mp4|FILE.gif", help="Of one video: a film of where the network's attention looks."
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option("--address", metavar="ADDR", help="A running Ray cluster; otherwise one starts on this machine."),
@@ -45,11 +54,12 @@ def predict(
     Example: sagsm predict --model models:/sagsm-demo@newest clip.mp4
     """
     try:
+        _require_one_video_a_film(film, videos, output)
         with _files(model, workdir) as files:
             if output is not None:
                 _predict_many(files, videos, output, top, address, as_json)
             else:
-                _predict_some(files, videos, top, as_json)
+                _predict_some(files, videos, top, as_json, film)
     except OSError as error:
         raise PipelineError(f"{error}; check the path, its permissions and the free space, then run again") from error
 
@@ -67,7 +77,21 @@ def _files(model: str, workdir: Path) -> Iterator[Path]:
         yield download_model(tracking_uri(workdir), model, Path(folder))
 
 
-def _predict_some(model: Path, videos: list[Path], top: int, as_json: bool) -> None:
+def _require_one_video_a_film(film: Path | None, videos: list[Path], output: Path | None) -> None:
+    """Before anything is loaded or computed."""
+    if film is None:
+        return
+    from pipelines.evaluation.films import require_film_name
+
+    if output is not None or len(videos) != 1:
+        found = "--output FILE.parquet" if output is not None else f"{len(videos)} videos"
+        raise ConfigError(f"--film shows one video, but was given together with {found}; give one video, and no --output")
+    require_film_name(film)
+    if not film.absolute().parent.is_dir():
+        raise ConfigError(f"--film {film}: there is no folder {film.absolute().parent}; make it, or choose another")
+
+
+def _predict_some(model: Path, videos: list[Path], top: int, as_json: bool, film: Path | None) -> None:
     from pipelines.batch_predict import holds_videos
     from pipelines.predict import load_predictor
 
@@ -78,17 +102,31 @@ def _predict_some(model: Path, videos: list[Path], top: int, as_json: bool) -> N
                 "FILE.parquet where their predictions go"
             )
     predictor = load_predictor(model)
-    found = [predictor.describe(predictor.predict(video), top) for video in videos]
+    asked = [predictor.predict(video) for video in videos] if film is None else [_film(predictor, videos[0], film)]
+    found = [predictor.describe(prediction, top) for prediction in asked]
+    is_filmed = film is not None and asked[0].logits is not None
     if as_json:
-        print_json({"videos": found})
+        print_json({"videos": found} | ({"film": str(film)} if is_filmed else {}))
     elif rows := [row for video in found for row in _rows(video)]:
         print_table(("video", "rank", "class", "probability"), rows)
+        if is_filmed:
+            print(f"film: {film}")
     broken = [f"{video['path']} ({video['reason']}: {video['detail']})" for video in found if video["status"] == "rejected"]
     if broken:
         raise DataError(
             f"{len(broken)} of {len(found)} videos cannot be used: {'; '.join(broken)}; expected video files that ffmpeg can "
             "read, or folders of frames named 00001.jpg, 00002.jpg, ...; preprocessing/FORMAT.md explains the reasons"
         )
+
+
+def _film(predictor: "Predictor", video: Path, film: Path) -> "Prediction":
+    """Ask about a video and, unless it is broken, write its film."""
+    from pipelines.evaluation.films import save_film
+
+    prediction, clip = predictor.watch(video)
+    if clip is not None:
+        save_film(film, [clip])
+    return prediction
 
 
 def _predict_many(model: Path, places: list[Path], output: Path, top: int, address: str | None, as_json: bool) -> None:

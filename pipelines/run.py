@@ -30,6 +30,7 @@ _STOP_SECONDS = 5.0  # who sends SIGTERM may send SIGKILL soon after
 _WATCHED = ("shards", "train")  # stages during which the load of this machine is recorded
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
 _USED_BY_STAGES = (
+    "pipelines.explaining",
     "pipelines.reports.audit",
     "pipelines.reports.card",
     "pipelines.reports.comparison",

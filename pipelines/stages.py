@@ -1,7 +1,7 @@
 """The whole pipeline: one table, and the function of each stage.
 
     index -> shards -> audit
-                    -> search -> train -> evaluate -> report
+                    -> search -> train -> evaluate -> insight -> report
 
 A stage takes a context, the artifacts of the stages it needs, and its sections of the experiment; it writes files into
 `context.output_dir` and returns a small summary. Raise a stage's version when its code gives other results for the same input.
@@ -29,6 +29,7 @@ from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.experiments import find_experiment
 from pipelines.forecast import forecast_error
 from pipelines.graph import Stage, StageContext
+from pipelines.insight.settings import InsightSettings
 from pipelines.reproduction import Expected, card_markdown, reproduction_card
 from pipelines.training.settings import ModelSettings, TrainSettings
 from preprocessing.archives import open_source
@@ -207,6 +208,16 @@ def evaluate(context: StageContext, shards: Artifact, train: Artifact, evaluate:
     return {"metrics": metrics, "num_clips": summary["num_clips"], "split": evaluate.split, "text": text}
 
 
+def insight(
+    context: StageContext, shards: Artifact, train: Artifact, evaluate: Artifact, insight: InsightSettings
+) -> dict[str, Any]:
+    """Explain the trained network with pictures: what it takes for alike, where it errs; a page, and images in MLflow."""
+    from pipelines.explaining import explain
+
+    _log_input(context, shards, evaluate.summary["split"])
+    return explain(context, shards, train, evaluate, insight)
+
+
 def report(
     context: StageContext,
     shards: Artifact,
@@ -214,6 +225,7 @@ def report(
     search: Artifact,
     train: Artifact,
     evaluate: Artifact,
+    insight: Artifact,
     expected: Expected,
 ) -> dict[str, Any]:
     """One self-contained page: the verdict, curves, confusions, trials, data, settings; also the text of the MLflow run.
@@ -227,13 +239,14 @@ def report(
     figures = {"curves": train.path / "figures" / "curves.png", "confusion": evaluate.path / "figures" / "confusion.png"}
     if search.summary["trials"]:
         figures["search"] = search.path / "figures" / "search.png"
-    made = [shards, audit, search, train, evaluate]
+    made = [shards, audit, search, train, evaluate, insight]
     kept = {name: shards.summary[name] for name in ("dataset", "label_passport", "kept", "rejected", "frames")}
     numbers = found_numbers(train, evaluate)
     card = reproduction_card(context.experiment, {"": expected.bands}, {"": numbers}, _changed(context))
     links = {"audit of the shards": (audit.path / "page.html").as_uri()}
     if search.summary["trials"]:
         links["page of the search"] = (search.path / "index.html").as_uri()
+    links["what the network sees, in pictures"] = (insight.path / "index.html").as_uri()
     page = write_report(
         context.output_dir,
         title=f"sagsm: {context.experiment}",
@@ -251,16 +264,12 @@ def report(
         links=links,
     )
     context.run.log_file(page, "report")
+    context.run.log_file(insight.path / "index.html", "insight")
     for name, figure in figures.items():
         context.run.log_file(figure, f"figures/{name}")
-    sentence = verdict(evaluation)
-    picture = f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})"
     model = _register_model(context, shards, train, evaluation, num_trials=len(search.summary["trials"]))
-    page_place = (
-        f"The page: Artifacts, report/index.html of the run `{context.run.name}`, with the network's card.md beside it."
-    )
-    use = f"To use the network: `sagsm predict --model {model} VIDEO`"
-    markdown = f"{sentence}\n\n{card_markdown(card)}\n\n{picture}\n\n{page_place}\n\n{use}"
+    sentence = verdict(evaluation)
+    markdown = _describe_report(context, sentence, card, insight, model)
     context.run.describe(markdown)
     return {"card": card, "markdown": markdown, "model": model, "text": sentence}
 
@@ -272,7 +281,14 @@ STAGES = [
     Stage("search", search, needs=("shards",), settings=("search", "model", "train"), version=3, takes_cluster=True),
     Stage("train", train, needs=("shards", "search"), settings=("model", "train"), version=2, takes_cluster=True),
     Stage("evaluate", evaluate, needs=("shards", "train"), settings=("evaluate",), version=3, takes_cluster=True),
-    Stage("report", report, needs=("shards", "audit", "search", "train", "evaluate"), settings=("expected",), version=3),
+    Stage("insight", insight, needs=("shards", "train", "evaluate"), settings=("insight",), takes_cluster=True),
+    Stage(
+        "report",
+        report,
+        needs=("shards", "audit", "search", "train", "evaluate", "insight"),
+        settings=("expected",),
+        version=4,
+    ),
 ]
 
 
@@ -286,6 +302,22 @@ def _command(context: StageContext, without: str | None = None) -> str:
     kept = {name: value for name, value in _changed(context).items() if without is None or not name.startswith(without)}
     sets = [f"--set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in kept.items()]
     return " ".join([f"sagsm run {context.experiment}", *sets])
+
+
+def _describe_report(context: StageContext, sentence: str, card: dict[str, Any], insight: Artifact, model: str) -> str:
+    """The text of the report's run, and of the whole pipeline's."""
+    from pipelines.reports.page import markdown_text
+
+    run_of_insight = f"#/experiments/{context.tracker.experiment_id}/runs/{insight.mlflow_run_id}"
+    parts = [
+        sentence,
+        card_markdown(card),
+        f"![curves](get-artifact?path=figures/curves/curves.png&run_uuid={context.run.run_id})",
+        f"The page: Artifacts, report/index.html of the run `{context.run.name}`, with the network's card.md beside it.",
+        f"In pictures: {markdown_text(insight.summary['text'])} See [its run]({run_of_insight}), or insight/index.html.",
+        f"To use the network: `sagsm predict --model {model} VIDEO`",
+    ]
+    return "\n\n".join(parts)
 
 
 def _register_model(

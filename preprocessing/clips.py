@@ -30,22 +30,24 @@ def write_views(views: Sequence[View], height: int, width: int, read_frames: Rea
         write_clip([frames[i] for i in view.frame_indices], view.crop, height, width, view.mirrored, clip)
 
 
-def centre_clip(video: DecodedVideo, sampling: FrameSampling, pixels: int) -> Frame:
+def centre_clip(video: DecodedVideo, sampling: FrameSampling, pixels: int, side: int | None = None) -> Frame:
     """The clip on which a video is judged by default: one clip, the centre crop, as a loader of `train=False` shows it.
 
     Args:
         video: whose frames are held in memory, as whole JPEG files.
         sampling: how the frames of the clip are taken.
         pixels: side of the network's input.
+        side: of the pictures, if they are for people, who see the same window better at another size; None for `pixels`.
 
     Returns:
-        uint8, RGB. Shape: [T, pixels, pixels, 3].
+        uint8, RGB. Shape: [T, side, side, 3].
     """
 
     def read_frames(indices: Sequence[int], size: tuple[int, int]) -> list[Frame]:
         return [decode_frame(video.frames[index], video.height, video.width, size) for index in indices]
 
     views = spread_views(len(video.frames), video.height, video.width, sampling, pixels, num_clips=1, num_crops=1)
-    clip = np.empty((sampling.num_segments, pixels, pixels, 3), np.uint8)
+    side = side or pixels
+    clip = np.empty((sampling.num_segments, side, side, 3), np.uint8)
     write_views(views, video.height, video.width, read_frames, clip[np.newaxis])
     return clip

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import ffmpeg
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -31,7 +30,7 @@ from infra.errors import DataError
 from infra.progress import OnProgress
 from infra.settings import Settings
 from infra.storage import write_bytes, write_json
-from preprocessing.decode import ffmpeg_path
+from preprocessing.encode import encode_mp4
 
 GENERATOR_VERSION = 2
 """Raised whenever the same settings give other bytes."""
@@ -332,21 +331,11 @@ def _write_frame_folder(frames: Pixels, broken: str | None, folder: Path) -> Non
 
 
 def _write_mp4(frames: Pixels, fps: str, broken: str | None, path: Path) -> None:
-    """Encode with libx264; bytes depend on the ffmpeg version alone. moov comes after mdat, as in the genuine files."""
+    """Bytes depend on the ffmpeg version alone. moov comes after mdat, as in the genuine files."""
     if broken in ("empty", "text"):
         path.write_bytes(b"" if broken == "empty" else _NOT_A_VIDEO)
         return
-    _, height, width, _ = frames.shape
-    source = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=fps)
-    target = source.output(
-        str(path), vcodec="libx264", pix_fmt="yuv420p", crf=18, preset="veryfast", threads=1, an=None,
-        **{"x264-params": "cpu-independent=1", "flags:v": "+bitexact", "fflags": "+bitexact"},
-    )  # fmt: skip
-    try:
-        target.global_args("-hide_banner", "-loglevel", "error").run(cmd=ffmpeg_path(), input=frames.tobytes(), quiet=True)
-    except ffmpeg.Error as error:
-        message = error.stderr.decode(errors="replace").strip()[-500:]
-        raise DataError(f"{ffmpeg_path()} could not encode {path.name}: {message}; expected one with libx264") from error
+    encode_mp4(frames, fps, path)
     if broken == "truncated":
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])

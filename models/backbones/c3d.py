@@ -63,12 +63,20 @@ class C3D(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """Features of clips: [B, 3, T, H, W] to [B, 4096]."""
+        return self.head(self.last_map(x_BCTHW))
+
+    def last_map(self, x_BCTHW: Tensor) -> Tensor:
+        """What `head` gets of clips: [B, 512, t, h, w]."""
         x = x_BCTHW
         for name in _CONVS:
             x = functional.relu(self.get_submodule(name)(x), inplace=True)
             if name in _POOLED_AFTER:
                 x = _halve(x, time=name != "conv1", padding=int(name == "conv5b"))
-        x = functional.adaptive_avg_pool3d(x, (1, 4, 4)).flatten(1)
+        return x
+
+    def head(self, x_BCTHW: Tensor) -> Tensor:
+        """The last map to features."""
+        x = functional.adaptive_avg_pool3d(x_BCTHW, (1, 4, 4)).flatten(1)
         x = self.dropout(functional.relu(self.fc6(x)))
         features: Tensor = torch.relu(self.fc7(x))
         return features

@@ -43,9 +43,14 @@ class Slotted(Protocol):
 
 def pass_slots(backbone: Slotted, x_NCHW: Tensor) -> Tensor:
     """Features of frames: [N, 3, H, W] to [N, num_features]."""
+    return backbone.head(last_map(backbone, x_NCHW))
+
+
+def last_map(backbone: Slotted, x_NCHW: Tensor) -> Tensor:
+    """What `head` gets of frames: [N, 3, H, W] to [N, C, h, w]."""
     x = backbone.stem(x_NCHW)
     for slot in backbone.SLOTS:
         z, rest = backbone.before(slot, x)
         module = backbone.slot_module(slot)
         x = backbone.after(slot, z if module is None else module(z), rest)
-    return backbone.head(x)
+    return x

@@ -31,6 +31,9 @@ _SHORT_GROUP = 256
 _MEDIUM_GROUP = 1024
 """Groups of more than that and at most so many have theirs written out one group after the other, where that pays."""
 
+_MAP_NUMBERS = 1 << 24
+"""So many entries of the map exist at a time in `attention_received`: 64 MiB in float32."""
+
 
 class SelfAttention(nn.Module):
     """Add to every position what it finds at the others, scaled by a learned gamma that starts at 0.
@@ -163,6 +166,25 @@ class SelfAttention(nn.Module):
                 raise ValueError(f"positions must be in [0, {num_positions}), but {positions_P.tolist()} were given")
             query_GAMD = query_GAMD[:, :, positions_P]
         return _beta(query_GAMD, key_GAMD, self.score_scale)
+
+    def attention_received(self, x_NCHW: Tensor) -> Tensor:
+        """How much each position is looked at: the mean of its column of beta over all j of its group, for analysis.
+
+        Of "divided" it is that of the second attention, as in `attention_rows`. A part of the map exists at a time.
+
+        Args:
+            x_NCHW: what `forward` gets.
+
+        Returns:
+            [N, H, W], the mean over heads, in the type of `attention_rows`; over each group it sums to 1.
+        """
+        x_NCHW = self.temporal(x_NCHW)
+        query_GAMD, key_GAMD = self._grouped(self.query_conv(x_NCHW)), self._grouped(self.key_conv(x_NCHW))
+        num_groups, num_heads, num_positions, _ = query_GAMD.shape
+        rows = max(1, _MAP_NUMBERS // (num_groups * num_heads * num_positions))
+        parts = [_beta(part, key_GAMD, self.score_scale).sum(dim=(1, 2)) for part in torch.split(query_GAMD, rows, dim=2)]
+        received_GM = torch.stack(parts).sum(dim=0) / (num_heads * num_positions)
+        return self._ungrouped(received_GM[:, None, :, None], x_NCHW.shape)[:, 0]
 
     def _grouped(self, x_NCHW: Tensor) -> Tensor:
         """[N, C, H, W] to [G, A, M, D], the channels of a head next to one another in memory, as the fast path demands."""

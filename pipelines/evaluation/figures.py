@@ -50,7 +50,7 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], label_names: 
     axes.set_ylabel("true class")
     if num_classes <= _MAX_NAMED_CLASSES:
         size = 9 if num_classes <= 20 else 6
-        names = [_plain(name) for name in label_names]
+        names = [plain_name(name) for name in label_names]
         axes.set_xticks(range(num_classes), names, rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(range(num_classes), names, fontsize=size, parse_math=False)
     if num_classes <= _MAX_COUNTED_CLASSES:
@@ -158,7 +158,7 @@ def draw_contact_sheet(path: Path, rows: Sequence[tuple[str, Sequence[npt.NDArra
     font = ImageFont.load_default(size=13)
     for number, (title, frames) in enumerate(rows):
         top = number * (title_height + height + 2 * gap)
-        draw.text((2, top + 2), _plain(title, 110), fill=_INK, font=font)
+        draw.text((2, top + 2), plain_name(title, 110), fill=_INK, font=font)
         for column, frame in enumerate(frames):
             picture = ImageOps.contain(Image.fromarray(frame), (width, height))
             left = column * (width + gap) + (width - picture.width) // 2
@@ -184,6 +184,13 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
+def plain_name(name: str, limit: int = _NAME_CHARACTERS) -> str:
+    """A name on one line, in letters that the fonts have; a long one keeps both ends, since "left to right" stands last."""
+    text = "".join(letter if letter.isprintable() and ord(letter) < 0x250 else "?" for letter in name)
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half].rstrip()}...{text[-half:].lstrip()}"
+
+
 def _tick_whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -199,7 +206,7 @@ def _draw_gammas(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     slots = sorted({slot for row in history for slot in row["gammas"]})
     for slot, colour in zip(slots, colormaps["viridis"](np.linspace(0, 0.92, len(slots))), strict=True):
         points = [(row["epoch"] + 1, row["gammas"][slot]) for row in history if slot in row["gammas"]]
-        _draw_line(axes, points, colour, _plain(slot))
+        _draw_line(axes, points, colour, plain_name(slot))
     axes.set_title("gamma: strength of attention by slot" if slots else "no attention in this network")
 
 
@@ -216,10 +223,3 @@ def _trial_label(row: Mapping[str, Any]) -> str:
     top1 = "failed" if row["top1"] is None else f"{100 * row['top1']:.1f} %"
     rate = "" if row["learning_rate"] is None else f"  lr {row['learning_rate']:.2g}"
     return f"trial {row['trial']}{rate}  {top1}"
-
-
-def _plain(name: str, limit: int = _NAME_CHARACTERS) -> str:
-    """A name on one line, in letters that the fonts have; a long one keeps both ends, since "left to right" stands last."""
-    text = "".join(letter if letter.isprintable() and ord(letter) < 0x250 else "?" for letter in name)
-    half = (limit - 3) // 2
-    return text if len(text) <= limit else f"{text[:half].rstrip()}...{text[-half:].lstrip()}"

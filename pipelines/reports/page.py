@@ -6,6 +6,7 @@ requests; a table disarms what a spreadsheet would take for a formula.
 
 import base64
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     return path
 
 
-def data_uri(png: Path) -> str:
-    """A picture as a part of the page."""
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
+def data_uri(picture: Path) -> str:
+    """A picture, ".png" or ".gif", as a part of the page."""
+    kind = picture.suffix.removeprefix(".")
+    return f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -45,6 +47,17 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer.writerow(columns)
         writer.writerows([_safe_cell(row[name]) for name in columns] for row in rows)
     return path
+
+
+def markdown_text(text: str) -> str:
+    r"""A text as a part of Markdown: shown as it is, on one line, whatever is in it.
+
+    Example:
+        >>> markdown_text("a_b_ <img> | [c](d)")
+        'a\\_b\\_ &lt;img&gt; &#124; \\[c\\](d)'
+    """
+    marked = re.sub(r"([\\`*_{}\[\]#~])", r"\\\1", " ".join(text.split()))
+    return marked.replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
 
 
 def percent(fraction: float | None) -> str:

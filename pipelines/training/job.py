@@ -138,8 +138,6 @@ def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str,
     Raises:
         DataError: if the files are not there, are of another version, or the weights are not those that were written.
     """
-    from safetensors.torch import load_file
-
     path = folder / "model.json"
     try:
         facts = json.loads(path.read_bytes())
@@ -156,8 +154,35 @@ def load_model(folder: Path) -> "tuple[VideoClassifier, TrainSettings, dict[str,
     settings = TrainSettings.model_validate(facts["train"])
     network = ModelSettings.model_validate(facts["model"] | {"backbone_weights": None, "backbone_sha256": None})
     model = build_model(network, num_classes=len(facts["label_names"]), num_segments=settings.num_segments)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    _load_weights(model, folder / "model.safetensors")
     return model.eval(), settings, facts
+
+
+def _load_weights(model: "VideoClassifier", path: Path) -> None:
+    """Every weight from the file, and every weight of the file: a part left as it was drawn would pass for a trained one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise DataError(
+            f"{path} cannot be read as weights: {error}; expected safetensors, as `train` writes; train again"
+        ) from error
+    expected = model.state_dict()
+    wrong = [f"without {name}" for name in expected if name not in found]
+    wrong += [f"with {name}, which the network has not" for name in found if name not in expected]
+    wrong += [
+        f"with {name} of shape {list(found[name].shape)} in place of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise DataError(
+            f"{path} is {wrong[0]} ({len(wrong)} of {len(expected)} weights are wrong); expected each weight of the network "
+            "that model.json describes; train again"
+        )
+    model.load_state_dict(found)
 
 
 def score_model(model_dir: Path, shards_place: str, settings: "EvaluateSettings", scores_path: Path) -> dict[str, Any]:
@@ -227,7 +252,7 @@ def score_part(
             f"{model_dir} was trained for labels {facts['label_passport']}, {shards_place} has labels {shards.label_passport}; "
             "evaluate on shards with the same label list"
         )
-    loader = _evaluation_loader(shards, train, settings)
+    loader = evaluation_loader(shards, train, settings)
     first, stop = (len(loader) * end // num_parts for end in (part, part + 1))
     model.to(device)
     as_published = find_protocol(settings.protocol).seed_code
@@ -256,8 +281,14 @@ class _Steps:
         return islice(self.loader, len(self))
 
 
-def _evaluation_loader(shards: ShardSplit, train: TrainSettings, settings: "EvaluateSettings") -> Loader:
-    """The views of the protocol; those of the published code are of training, and keep the label of a mirrored clip (D7)."""
+def evaluation_loader(shards: ShardSplit, train: TrainSettings, settings: "EvaluateSettings") -> Loader:
+    """The views of a split's clips that a protocol shows to a network trained with these settings.
+
+    Those of the published code are of training, and keep the label of a mirrored clip (D7).
+
+    Raises:
+        ConfigError: if the protocol does not fit the labels.
+    """
     from pipelines.evaluation.protocols import find_protocol
 
     protocol = find_protocol(settings.protocol)

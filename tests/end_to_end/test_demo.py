@@ -33,16 +33,16 @@ SMALL = [
     "train.checkpoint_every_steps=1",
     "train.precision=fp32",
 ]
-ALL = ["index", "shards", "audit", "search", "train", "evaluate", "report"]
+ALL = ["index", "shards", "audit", "search", "train", "evaluate", "insight", "report"]
 
 
-def command(verb, workdir, *more):
+def command(verb, workdir, *more, only=None):
     settings = [item for assignment in [*SMALL, *more] for item in ("--set", assignment)]
-    return [SAGSM, verb, "demo", "--workdir", str(workdir), "--json", *settings]
+    return [SAGSM, verb, "demo", "--workdir", str(workdir), "--json", *settings, *(["--only", only] if only else [])]
 
 
-def sagsm(verb, workdir, *more):
-    done = subprocess.run(command(verb, workdir, *more), capture_output=True, text=True, timeout=500, check=False)
+def sagsm(verb, workdir, *more, only=None):
+    done = subprocess.run(command(verb, workdir, *more, only=only), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -111,6 +111,29 @@ def test_mlflow_holds_the_tree_of_runs(undisturbed):
     assert sorted(step for run, step in steps if run == train) == [0, 1, 2]
 
 
+def test_the_network_is_explained_with_pictures(undisturbed):
+    workdir, document = undisturbed
+    folder, pictures = path_of(document, "insight"), ["map", "most_unsure", "most_wrong"]
+    assert [path.stem for path in sorted((folder / "figures").iterdir())] == pictures
+    page = (folder / "index.html").read_text()
+    assert "nearest in feature space" in page
+    assert "24 validation clips" in page
+    assert str(folder) in (path_of(document, "report") / "index.html").read_text()
+    made_by = {stage["name"]: stage["mlflow_run_id"] for stage in document["stages"]}
+    kept = workdir / "mlflow-artifacts" / made_by["insight"] / "artifacts"
+    tiles = {path.name.partition("+")[0] for path in (kept / "images").iterdir()}
+    assert tiles == {"features~map", "contact_sheet~most_unsure", "contact_sheet~most_wrong"}
+    assert sorted(path.stem for path in (kept / "tables").iterdir()) == ["map", "most_unsure", "most_wrong", "purity"]
+    assert (workdir / "mlflow-artifacts" / made_by["report"] / "artifacts" / "insight" / "index.html").read_text() == page
+    with sqlite3.connect(workdir / "mlflow.db") as database:
+        query = "select value from tags where key = 'mlflow.note.content' and run_uuid = ?"
+        notes = {
+            name: database.execute(query, [run]).fetchone()[0] for name, run in made_by.items() if name in ("insight", "report")
+        }
+    assert f"runs/{made_by['insight']}" in notes["report"]
+    assert notes["insight"].startswith("Of the 5 clips nearest in feature space ")
+
+
 def test_the_network_is_registered_and_predicts_what_evaluate_scored(undisturbed):
     import pyarrow.parquet as pq
 
@@ -132,7 +155,7 @@ def test_more_trials_leave_the_shards_alone(undisturbed):
     planned = {
         stage["name"]: (stage["status"], stage["reason"]) for stage in sagsm("plan", workdir, "search.num_trials=3")["stages"]
     }
-    assert [name for name in ALL if planned[name][0] == "run"] == ["search", "train", "evaluate", "report"]
+    assert [name for name in ALL if planned[name][0] == "run"] == ["search", "train", "evaluate", "insight", "report"]
     assert planned["search"][1] == "search.num_trials 2 -> 3"
     assert planned["train"][1] == "needs search, which changed"
 
@@ -209,7 +232,7 @@ def test_a_stage_that_was_struck_down_goes_on_and_ends_the_same(undisturbed, tmp
     for name in ["index", *needed]:  # what the stage needs is taken from the undisturbed run
         shutil.copytree(undisturbed[0] / "store" / name, tmp_path / "store" / name)
     process = subprocess.Popen(
-        [*command("run", tmp_path), "--only", stage], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("run", tmp_path, only=stage), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     wait_for(MOMENTS[stage](tmp_path))
     strike(process)
@@ -222,7 +245,7 @@ def test_a_stage_that_was_struck_down_goes_on_and_ends_the_same(undisturbed, tmp
         assert {status for _, status in runs(tmp_path)} <= {"FINISHED", "KILLED"}
     else:
         assert process.returncode == -signal.SIGKILL
-    document = sagsm("run", tmp_path)
+    document = sagsm("run", tmp_path, only="evaluate")  # the pages after it would say what those of the undisturbed run say
     assert {name: status for name, status in statuses(document).items() if name in ["index", *needed]} == dict.fromkeys(
         ["index", *needed], "cached"
     )

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from infra.tracking import Tracker
 from infra.tracking_run import TrackedRun
@@ -98,3 +99,23 @@ def test_only_finite_metrics_are_kept_and_large_batches_are_split(tracker: Track
     assert "train/lr" not in stored.metrics
     assert len(stored.metrics) == 1002
     assert len(stored.params) == 101
+
+
+def test_an_image_that_is_sent_twice_is_there_once(tracker: Tracker, tmp_path: Path) -> None:
+    """As a full picture and a small copy, named as MLflow's page expects them."""
+    picture = tmp_path / "map.png"
+    Image.new("RGB", (900, 600), "white").save(picture)
+    sent: list[Entry] = []
+    send = tracker._spool._send
+    tracker._spool._send = lambda entries: (sent.extend(entries), send(entries))[1]
+    with tracker.start_run("insight") as run:
+        run.log_image(picture, "features/map")
+        run.log_image(picture, "features/map", step=1)
+    (entry, _) = [entry for entry in sent if entry["do"] == "image"]
+    folder = tmp_path / "artifacts" / run.run_id / "artifacts" / "images"
+    once = sorted(path.name for path in folder.iterdir())
+    assert [name.partition("+timestamp")[0] for name in once] == [f"features~map+step+{step}" for step in (0, 0, 1, 1)]
+    assert sorted(Path(name).suffix for name in once) == [".png", ".png", ".webp", ".webp"]
+    tracker._sender.send([entry])
+    assert sorted(path.name for path in folder.iterdir()) == once
+    assert tracker._client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"

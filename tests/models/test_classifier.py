@@ -146,3 +146,20 @@ def test_a_frozen_parameter_has_no_role():
     model = small()
     model.new_fc.bias.requires_grad_(False)
     assert parameter_roles(model) == {"weight": ["new_fc.weight"], "bias": [], "norm": [], "gate": [], "gamma": []}
+
+
+@pytest.mark.parametrize("name", ["gsm_resnet18", "trn_bn_inception", "c3d"])
+def test_what_the_classifier_is_given_decides_the_logits(name):
+    """The mean over segments, the segments in order, and the features of a whole clip."""
+    model = create_model(name, num_classes=5, num_segments=4).eval()
+    torch.nn.init.normal_(model.new_fc.weight)
+    clips = torch.randn(2, 4, 3, 112, 112)
+    with torch.no_grad():
+        vectors, logits = model.embed(clips), model(clips)
+        if isinstance(model.consensus, MultiScaleRelation):
+            found = model.consensus(vectors.view(2, 4, -1))
+        else:
+            assert vectors.shape == (2, model.base_model.num_features)
+            found = model.new_fc(vectors)
+    assert logits.std() > 0
+    torch.testing.assert_close(found, logits)

@@ -1,9 +1,9 @@
 """A tiny shard set of real frames; a store with finished evaluations, made in milliseconds: no network was trained; and five
-videos of different formats with the shard set made of them and a small network, as files.
+videos of different formats with the shard set made of them and a small network, as files; and a judged network to explain.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ffmpeg
@@ -16,11 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from infra.settings import apply_overrides
+from models.switch import slot_attentions, slot_gates
 from pipelines.artifacts import Store
+from pipelines.evaluation.evaluate import EvaluateSettings
+from pipelines.evaluation.scores import read_scores
 from pipelines.experiments import find_experiment
 from pipelines.graph import plan, run_graph, select
+from pipelines.insight.settings import InsightSettings
+from pipelines.insight.subject import Subject
 from pipelines.stages import STAGES
-from pipelines.training.job import TrainJob, save_model
+from pipelines.training.job import TrainJob, save_model, score_model
 from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from preprocessing.datasets import VIDEO_SCHEMA, VideoIndex
 from preprocessing.decode import ffmpeg_path
@@ -164,3 +169,58 @@ def asked(tmp_path_factory):
     save_file(network.state_dict(), artifact / "weights.safetensors")
     save_model(artifact / "model", job, artifact / "weights.safetensors")
     return Asked(raw, names, shards_dir, artifact)
+
+
+@pytest.fixture(scope="session")
+def attending(asked, tmp_path_factory):
+    """`asked` with another network, which has attention in two slots, of gamma 0.4 and 0. Not to be changed."""
+    artifact = tmp_path_factory.mktemp("attending")
+    train = TrainSettings(pixels=32, num_segments=4, precision="fp32")
+    model = ModelSettings(name="sa_gsm_resnet18", placement="layer1.0,layer2.0")
+    job = TrainJob("films", str(asked.shards_dir), model, train, val_split="train")
+    torch.manual_seed(3)
+    network = build_model(model, num_classes=len(LABEL_NAMES), num_segments=train.num_segments)
+    torch.nn.init.constant_(slot_attentions(network)["layer1.0"].gamma, 0.4)
+    torch.nn.init.normal_(network.new_fc.weight)
+    save_file(network.state_dict(), artifact / "weights.safetensors")
+    save_model(artifact / "model", job, artifact / "weights.safetensors")
+    return replace(asked, artifact=artifact)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network with random weights and what it said of the 24 training clips: folders as `train` and `evaluate` leave them."""
+
+    train: Path
+    evaluate: Path
+    shards_dir: Path
+    settings: EvaluateSettings
+
+
+@pytest.fixture(scope="session")
+def judged(shards_dir, tmp_path_factory):
+    """Not to be changed."""
+    train_dir, evaluate_dir = (tmp_path_factory.mktemp(name) for name in ("judged-train", "judged-evaluate"))
+    train = TrainSettings(pixels=32, num_segments=4, precision="fp32")
+    model = ModelSettings(name="sa_gsm_resnet18", placement="layer1.0,layer2.0")
+    job = TrainJob("tiny", str(shards_dir), model, train)
+    torch.manual_seed(3)
+    network = build_model(job.model, num_classes=2, num_segments=train.num_segments)
+    torch.nn.init.constant_(slot_attentions(network)["layer1.0"].gamma, 0.4)
+    torch.nn.init.normal_(slot_gates(network)["layer1.1"].conv3D.weight, std=0.1)
+    save_file(network.state_dict(), train_dir / "weights.safetensors")
+    save_model(train_dir / "model", job, train_dir / "weights.safetensors")
+    settings = EvaluateSettings(split="train", loader_threads=0)
+    score_model(train_dir / "model", str(shards_dir), settings, evaluate_dir / "scores.parquet")
+    return Judged(train_dir, evaluate_dir, shards_dir, settings)
+
+
+@pytest.fixture
+def make_subject(judged, tmp_path):
+    """Makes a subject of the stage `insight` that writes into `tmp_path`, by settings of the stage."""
+
+    def make(**chosen):
+        settings, scores = InsightSettings.model_validate(chosen), read_scores(judged.evaluate / "scores.parquet")
+        return Subject(judged.train / "model", str(judged.shards_dir), judged.settings, scores, settings, tmp_path)
+
+    return make

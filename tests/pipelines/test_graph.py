@@ -138,7 +138,8 @@ def test_the_pipeline_is_the_one_in_the_design():
     assert needs["search"] == {"shards"}
     assert needs["train"] == {"shards", "search"}
     assert needs["evaluate"] == {"shards", "train"}
-    assert needs["report"] == {"shards", "audit", "search", "train", "evaluate"}
+    assert needs["insight"] == {"shards", "train", "evaluate"}
+    assert needs["report"] == {"shards", "audit", "search", "train", "evaluate", "insight"}
 
 
 def test_more_trials_rerun_the_search_and_what_follows(tmp_path, config):

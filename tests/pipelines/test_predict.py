@@ -13,10 +13,12 @@ from infra.errors import DataError
 from pipelines.evaluation.evaluate import EvaluateSettings, score_clips
 from pipelines.predict import Prediction, load_predictor, read_video
 from pipelines.training.job import load_model, score_model
+from preprocessing.clips import centre_clip
 from preprocessing.decode import DecodeSettings
 from preprocessing.loader import make_loader
 from preprocessing.planning import sample_key
 from preprocessing.reader import open_shards
+from preprocessing.synthetic import LABEL_NAMES
 
 
 def test_the_logits_are_those_of_evaluate_whatever_the_format(asked, tmp_path):
@@ -70,6 +72,23 @@ def test_a_video_that_cannot_be_used_is_a_prediction_with_a_reason(asked, tmp_pa
     assert reasons["cut.mp4"] in ("undecodable", "truncated")
     assert [reasons[name] for name in names[1:]] == ["undecodable", "empty", "gap", "missing", "missing"]
     assert predictor.describe(found["gap"], 5)["top"] == []
+
+
+def test_what_is_filmed_is_what_was_judged(attending):
+    predictor = load_predictor(attending.artifact)
+    for name in attending.names:
+        prediction, clip = predictor.watch(attending.raw / name)
+        np.testing.assert_array_equal(prediction.logits, predictor.predict(attending.raw / name).logits)
+        ((label, score),) = prediction.top(1)
+        assert (clip.title, clip.answer, clip.probability, clip.label) == (name, LABEL_NAMES[label], score, None)
+        assert [(slot.name, slot.gamma) for slot in clip.slots] == [("layer1.0", pytest.approx(0.4)), ("layer2.0", 0.0)]
+        assert clip.slots[0].weight.mean() == pytest.approx(0.4)
+        assert not clip.slots[1].weight.any()
+        # The frames are those that the network saw, only larger.
+        seen = centre_clip(read_video(attending.raw / name, predictor.decoding), predictor.sampling, predictor.pixels)
+        small = torch.from_numpy(clip.frames).permute(0, 3, 1, 2).float()
+        small = torch.nn.functional.interpolate(small, seen.shape[1:3], mode="area").permute(0, 2, 3, 1).numpy()
+        assert np.abs(small - seen).mean() < 5
 
 
 @pytest.mark.parametrize("spelling", ["film.mp4", "./film.mp4", "sub/../film.mp4"])

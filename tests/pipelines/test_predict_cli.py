@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from pipelines.cli import app
 from pipelines.predict import load_predictor
 from preprocessing.synthetic import LABEL_NAMES
@@ -50,6 +50,39 @@ def test_a_broken_video_is_named_after_the_others_were_answered(asked, tmp_path)
     message = str(result.exception)
     assert message.startswith(f"1 of 2 videos cannot be used: {tmp_path / 'text.mp4'} (undecodable: ")
     assert [video["status"] for video in json.loads(result.stdout)["videos"]] == ["ok", "rejected"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_film_comes_with_the_same_answer(attending, tmp_path, suffix):
+    film, video = tmp_path / f"film{suffix}", attending.raw / "film.avi"
+    asked = ["--model", attending.artifact, video, "--top", 2]
+    plain, filmed = invoke(*asked), invoke(*asked, "--film", film)
+    assert filmed.stdout == f"{plain.stdout}film: {film}\n"
+    again = tmp_path / f"again{suffix}"
+    document = json.loads(invoke(*asked, "--film", again, "--json").stdout)
+    assert document == {**json.loads(invoke(*asked, "--json").stdout), "film": str(again)}
+    assert film.read_bytes() == again.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([film.name, again.name])
+
+
+def test_a_film_that_cannot_be_is_refused(asked, attending, tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    one, two = attending.raw / "film.avi", attending.raw / "film.mp4"
+    cases = [
+        (asked, [one, "--film", tmp_path / "x.gif"], ConfigError, "the network has no attention in any slot"),
+        (attending, [one, two, "--film", tmp_path / "x.gif"], ConfigError, "shows one video, .* together with 2 videos"),
+        (attending, [one, "--output", tmp_path / "x.parquet", "--film", tmp_path / "x.gif"], ConfigError, "with --output"),
+        (attending, [one, "--film", tmp_path / "x.avi"], ConfigError, r"ends in '.avi'; .* as .mp4 or .gif"),
+        (attending, [one, "--film", tmp_path / "x"], ConfigError, "ends in 'no suffix'"),
+        (attending, [one, "--film", tmp_path / "none" / "x.mp4"], ConfigError, "there is no folder .*none; make it"),
+        (attending, [tmp_path / "text.mp4", "--film", tmp_path / "x.mp4"], DataError, "1 of 1 videos cannot be used"),
+        (attending, [attending.raw, "--film", tmp_path / "x.mp4"], ConfigError, "is a folder without frames"),
+    ]
+    for network, arguments, kind, message in cases:
+        result = invoke("--model", network.artifact, *arguments)
+        assert isinstance(result.exception, kind), (arguments, result.exception)
+        assert re.search(message, str(result.exception))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.mp4"]
 
 
 def test_the_readme_uses_options_that_there_are():

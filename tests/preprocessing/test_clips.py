@@ -33,3 +33,13 @@ def test_each_frame_is_read_once_in_order():
     ((indices, _),) = asked
     assert indices == sorted(set(indices)) == [0, 1, 2]
     assert [clip[:, 0, 0, 0].tolist() for clip in out] == [view.frame_indices for view in views]
+
+
+def test_people_see_the_same_window_at_another_size(tiny_shard_dir):
+    shards = open_shards(tiny_shard_dir, "test")
+    stored = shards.video(0)
+    video = DecodedVideo(FrameReader(shards).read_sample(stored), None, stored.height, stored.width, 0, "")
+    seen, shown = centre_clip(video, FrameSampling(4), 16), centre_clip(video, FrameSampling(4), 16, side=64)
+    assert shown.shape == (4, 64, 64, 3)
+    means = shown.reshape(4, 16, 4, 16, 4, 3).mean(axis=(2, 4))
+    assert np.abs(means - seen).mean() < 4

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import DataError
-from preprocessing import synthetic
+from preprocessing import encode
 from preprocessing.datasets import DatasetSettings, index_videos
 from preprocessing.decode import ffmpeg_path
 from preprocessing.labels import mirror_labels
@@ -176,7 +176,7 @@ def test_an_encoder_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     program = tmp_path / "ffmpeg"
     program.write_text("#!/bin/sh\ncat > /dev/null\necho Unknown encoder libx264 >&2\nexit 1\n")
     program.chmod(0o755)
-    monkeypatch.setattr(synthetic, "ffmpeg_path", lambda: str(program))
+    monkeypatch.setattr(encode, "ffmpeg_path", lambda: str(program))
     with pytest.raises(DataError, match=r"could not encode -.*mp4: Unknown encoder libx264; expected one with libx264"):
         generate(SMALL, tmp_path / "root", "diving48")
 

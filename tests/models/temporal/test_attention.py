@@ -10,20 +10,15 @@ from models.temporal.attention import SCOPES, VALUES, SelfAttention
 NUM_SEGMENTS = 3
 
 
-def written_out(attention, x):
-    """Equations 1 to 4, with the map of all pairs written out; i is the position that is looked at, j the one that looks.
+def written_out_beta(attention, x):
+    """Equations 1 and 2, with the map of all pairs written out, and 1 for the pairs that there are; i is the position that is
+    looked at, j the one that looks.
 
     "bath" are the axes clip, segment, head and C/A; "xy" is the place of i and "uv" that of j, "s" and "t" their segments.
     """
-    if attention.scope == "divided":
-        x = written_out(attention.temporal, x)
-    num_frames, _, height, width = x.shape
-    heads, segments = attention.num_heads, attention.num_segments
-
-    def cut(conv):  # B, T, A, C/A, H, W
-        return conv(x).reshape(num_frames // segments, segments, heads, -1, height, width)
-
-    f, g, h = cut(attention.key_conv), cut(attention.query_conv), cut(attention.value_conv)
+    height, width = x.shape[2:]
+    segments = attention.num_segments
+    f, g = cut(attention, attention.key_conv(x)), cut(attention, attention.query_conv(x))
     scale = f.shape[3] ** -0.5 if attention.score_scale != 1 else 1.0
     s_ij = torch.einsum("bsacxy,btacuv->basxytuv", f, g) * scale
     if attention.scope in ("frame", "divided"):
@@ -33,9 +28,24 @@ def written_out(attention, x):
     else:
         same = torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bool)
     s_ij = s_ij.masked_fill(~same, float("-inf"))
-    beta_ij = torch.softmax(s_ij.flatten(2, 4), dim=2).view(s_ij.shape)
-    found = torch.einsum("basxytuv,bsacxy->btacuv", beta_ij, h).reshape(num_frames, -1, height, width)
+    return torch.softmax(s_ij.flatten(2, 4), dim=2).view(s_ij.shape), same.expand(s_ij.shape[2:])
+
+
+def written_out(attention, x):
+    """Equations 1 to 4; see above."""
+    if attention.scope == "divided":
+        x = written_out(attention.temporal, x)
+    beta_ij, _ = written_out_beta(attention, x)
+    found = torch.einsum("basxytuv,bsacxy->btacuv", beta_ij, cut(attention, attention.value_conv(x)))
+    found = found.reshape(len(x), -1, *x.shape[2:])
     return attention.gamma * attention.output_conv(found) + x
+
+
+def cut(attention, x):
+    """Frames to [B, T, A, C/A, H, W]."""
+    num_frames, _, height, width = x.shape
+    segments, heads = attention.num_segments, attention.num_heads
+    return x.reshape(num_frames // segments, segments, heads, -1, height, width)
 
 
 def moving(channels=16, num_segments=NUM_SEGMENTS, **options):
@@ -199,6 +209,22 @@ def test_a_row_says_which_positions_by_their_place(scope):
     beta = attention.attention_rows(x, torch.tensor([0]))
     assert beta[group, 0, 0].argmax() == number
     assert beta[group, 0, 0, number] > 0.99
+
+
+@pytest.mark.parametrize("numbers", [1, 50, 10**6])  # of the map at a time: a row, some rows, all
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_received_is_the_mean_of_the_columns(scope, num_heads, numbers, monkeypatch):
+    monkeypatch.setattr(attention_module, "_MAP_NUMBERS", numbers)
+    attention = moving(scope=scope, num_heads=num_heads)
+    x = torch.randn(2 * NUM_SEGMENTS, 16, 3, 4)
+    beta_ij, same = written_out_beta(attention, attention.temporal(x))
+    shares = beta_ij.sum(dim=(5, 6, 7)) / same.sum(dim=(3, 4, 5))
+    received = attention.attention_received(x)
+    torch.testing.assert_close(received, shares.mean(dim=1).flatten(0, 1))
+    groups = {"temporal": received.view(2, NUM_SEGMENTS, 3, 4).sum(dim=1), "joint": received.view(2, -1).sum(dim=1)}
+    sums = groups.get(scope, received.sum(dim=(1, 2)))
+    torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
 @pytest.mark.parametrize("value", VALUES)

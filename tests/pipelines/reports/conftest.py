@@ -46,7 +46,7 @@ class PageReader(HTMLParser):
         assert {name for name, _ in attrs} <= ALLOWED_ATTRIBUTES, attrs
         for name, value in attrs:
             if name == "src":
-                assert (value or "").startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
+                assert (value or "").startswith(tuple(f"data:image/{kind};base64," for kind in ("png", "jpeg", "gif")))
             if name == "href":
                 assert (value or "").startswith(("http://", "https://")) or value == "interactive.html"  # beside the page
 

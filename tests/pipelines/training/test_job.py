@@ -1,11 +1,13 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from infra.errors import ConfigError, DataError, PipelineError
+from infra.storage import sha256_file
 from pipelines.evaluation.evaluate import EvaluateSettings, join_scores
 from pipelines.evaluation.scores import read_scores
 from pipelines.training.job import TrainJob, keep_scores, load_model, save_model, score_model, score_part, train_job
@@ -171,3 +173,29 @@ def test_what_does_not_fit_is_refused_by_name(shards_dir, model_dir, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(facts))
     with pytest.raises(DataError, match=r"was trained for labels 0{16}, .* has labels [0-9a-f]{16}; evaluate on shards with"):
         score_part(tmp_path, str(shards_dir), settings)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda weights: weights.pop("new_fc.bias"), r"is without new_fc.bias \(1 of \d+ weights are wrong\)"),
+        (lambda weights: weights.update(stray=torch.zeros(1)), "is with stray, which the network has not"),
+        (lambda weights: weights.update({"new_fc.bias": torch.zeros(7)}), r"with new_fc.bias of shape \[7\] in place of \[2\]"),
+    ],
+)
+def test_a_network_of_which_weights_are_missing_is_refused(judged, tmp_path, spoil, message):
+    """Also where somebody has put the new file's hash into model.json."""
+    shutil.copytree(judged.train / "model", tmp_path / "model")
+    path, facts_path = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json"
+    weights = load_file(path)
+    spoil(weights)
+    save_file(weights, path)
+    with pytest.raises(DataError, match=r"model.json says"):
+        load_model(tmp_path / "model")
+    facts_path.write_text(json.dumps(json.loads(facts_path.read_bytes()) | {"sha256": sha256_file(path)}))
+    with pytest.raises(DataError, match=message):
+        load_model(tmp_path / "model")
+    path.write_bytes(b"no weights")
+    facts_path.write_text(json.dumps(json.loads(facts_path.read_bytes()) | {"sha256": sha256_file(path)}))
+    with pytest.raises(DataError, match=r"model.safetensors cannot be read as weights: .*; train again"):
+        load_model(tmp_path / "model")
