@@ -134,7 +134,7 @@ def _entered(address: str) -> str:
             f"the cluster at {address} runs Ray {version}, this process Ray {ray.__version__}; expected the same: "
             f"pip install 'ray[default,train,tune]=={version}' here, or start the cluster's nodes with {ray.__version__}"
         )
-    if not services.find_node_ids():
+    if not services.find_node_ids():  # type: ignore[no-untyped-call]  # Ray leaves it untyped
         raise ClusterError(
             f"this machine is no node of the cluster at {address}: no raylet runs here; run this command on one of its "
             f"nodes, or make this machine one: ray start --address={address} --num-cpus=0"

@@ -132,12 +132,13 @@ def _ask(address: str, token: str | None) -> str | None:
     import grpc
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+    messages: Any = gcs_service_pb2  # made when it is imported
     with _channel(address) as channel:
-        service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        request = gcs_service_pb2.CheckAliveRequest()
+        service: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]  # Ray
         metadata = [("authorization", f"Bearer {token}")] if token else []
         try:
-            return str(service.CheckAlive(request, timeout=_ANSWER_SECONDS, metadata=metadata).ray_version)
+            answer = service.CheckAlive(messages.CheckAliveRequest(), timeout=_ANSWER_SECONDS, metadata=metadata)
+            return str(answer.ray_version)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 return None
@@ -154,7 +155,7 @@ def _channel(address: str) -> Any:
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return grpc.insecure_channel(address)
     try:
-        chain, key, root = load_certs_from_env()
+        chain, key, root = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     except (RuntimeError, OSError) as error:
         raise ClusterError(f"RAY_USE_TLS is set, but the certificates of Ray cannot be read: {error}") from error
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(root, key, chain))
