@@ -18,6 +18,9 @@ R = TypeVar("R")
 PACKAGES = ("infra", "models", "pipelines", "preprocessing", "tuning")
 """Our code: what goes to the nodes of a cluster."""
 
+SPILL_LIMIT = 0.95
+"""Of the disk with Ray's temporary folder; where more of it is used, Ray spills no object but fails what needs it."""
+
 # Of a cluster of our own; a node that is started by hand gets them as variables: RAY_worker_niceness=0 ray start ...
 _SYSTEM_SETTINGS = {
     # As other programs. Ray's own 15 gives a worker 3 % of a core that it shares with one of them, and since the threads of a
@@ -25,8 +28,7 @@ _SYSTEM_SETTINGS = {
     "worker_niceness": 0,
     # Ray's own default is to try a task that is too big for memory for ever. The driver counts, whoever started the cluster.
     "task_oom_retries": 3,
-    # Of the disk with Ray's temporary folder; where more is used, Ray spills no object any more but fails what needs it.
-    "local_fs_capacity_threshold": 0.95,
+    "local_fs_capacity_threshold": SPILL_LIMIT,
 }
 _OBJECT_STORE_BYTES = 256 * 2**20  # data goes through files, so that only small manifests pass through Ray's object store
 _CONNECT_SECONDS = 5.0

@@ -15,54 +15,98 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 _MLFLOW_SECONDS = 5.0
 _SOURCES = (".py", ".html")
 
 
+class FolderMark(TypedDict):
+    """A folder that this process should share with the driver.
+
+    `url` is its path or URL, `theirs` a file that the driver has written into it, `mine` the name for a copy of that.
+    """
+
+    url: str
+    theirs: str
+    mine: str
+
+
+class RawSample(TypedDict):
+    """The folder of the raw videos, and some of what the driver sees in it: name, whether it is a folder, size in bytes."""
+
+    url: str
+    entries: list[tuple[str, bool, int]]
+
+
+class Asked(TypedDict):
+    """What is asked.
+
+    `packages` of ours, to find; `distributions` whose versions to tell; `ffmpeg`, a function of ours that tells its version, as
+    "module:function"; `folders` by name; `tracking_uri` of MLflow; `ray_dir`, where Ray keeps what does not fit into memory.
+    """
+
+    packages: Sequence[str]
+    distributions: Sequence[str]
+    ffmpeg: str | None
+    folders: dict[str, FolderMark]
+    raw: RawSample | None
+    tracking_uri: str | None
+    ray_dir: str | None
+
+
+class Facts(TypedDict):
+    """What a process says of itself.
+
+    `versions` have None for what is missing. `sources` are those that it would import, as `source_digests` gives them, and
+    `roots` the folders that they come from. Of `ffmpeg` it tells the version or a problem. What is wrong with a folder, the raw
+    videos and MLflow is a text, "" if nothing is; None means not asked, or a file of the driver. `disks` are free and all bytes
+    by folder. `niceness` is beyond that of the process that started this one.
+    """
+
+    python: str
+    versions: dict[str, str | None]
+    sources: dict[str, str]
+    roots: list[str]
+    ffmpeg: tuple[str, str]
+    folders: dict[str, str]
+    raw: str | None
+    tracking: str | None
+    disks: dict[str, tuple[int, int]]
+    ray_dir: str | None
+    niceness: int
+
+
 class Probe:
     """Lives on the node, in a process that is started as every task's is."""
 
-    def look(self, question: dict[str, Any]) -> dict[str, Any]:
+    def look(self, asked: Asked) -> Facts:
         """See `look`."""
-        return look(question)
+        return look(asked)
 
     def time(self) -> float:
         """Seconds since 1970."""
         return time.time()
 
 
-def look(question: dict[str, Any]) -> dict[str, Any]:
-    """What this process finds.
-
-    Args:
-        question: `packages` to import; `distributions` whose versions are asked; `calls`, functions by name, each as
-            "module:function"; `folders` by name, each with its `url`, the file `theirs` that the driver has written into it,
-            and the name of a file `mine` to write; `raw`, a folder's `url` and some of its `entries` (name, is_folder, size),
-            or None; `tracking_uri`, or None.
-
-    Returns:
-        `python` and `versions` (None for what is missing); `sources` as `source_digests` gives them, and `roots`, the folders
-        that they come from; `calls`, each with its `answer` or its `problem`; `folders` and `raw` with a problem, "" if there
-        is none; `tracking` likewise, None if it was not asked or is a file; `free` bytes by folder; `niceness` beyond that of
-        the process that started this one.
-    """
-    roots = {name: _package_root(name) for name in question["packages"]}
-    folders = {name: _folder_problem(**folder) for name, folder in question["folders"].items()}
-    local = {folder["url"] for folder in question["folders"].values() if "://" not in folder["url"]}
+def look(asked: Asked) -> Facts:
+    """What this process finds."""
+    roots = {name: _package_root(name) for name in asked["packages"]}
+    local = [folder["url"] for folder in asked["folders"].values() if "://" not in folder["url"]]
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in question["distributions"]},
-        "roots": sorted({str(Path(root).parent) for root in roots.values() if root}),
+        "versions": {name: _version(name) for name in asked["distributions"]},
         "sources": source_digests(roots),
-        "calls": {name: _called(where) for name, where in question["calls"].items()},
-        "folders": folders,
-        "raw": None if question["raw"] is None else _raw_problem(**question["raw"]),
-        "tracking": _tracking_problem(question["tracking_uri"]),
-        "free": {folder: _free_bytes(folder) for folder in {tempfile.gettempdir(), *local}},
+        "roots": sorted({str(Path(root).parent) for root in roots.values() if root}),
+        "ffmpeg": _ffmpeg(asked["ffmpeg"]),
+        "folders": {name: _folder_problem(**folder) for name, folder in asked["folders"].items()},
+        "raw": None if asked["raw"] is None else _raw_problem(**asked["raw"]),
+        "tracking": _tracking_problem(asked["tracking_uri"]),
+        "disks": _disks([tempfile.gettempdir(), *local, *filter(None, [asked["ray_dir"]])]),
+        "ray_dir": asked["ray_dir"],
         "niceness": os.getpriority(os.PRIO_PROCESS, 0) - os.getpriority(os.PRIO_PROCESS, os.getppid()),
     }
 
@@ -98,13 +142,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _called(where: str) -> dict[str, str]:
-    """The answer of one of our own functions, as this process imports it, or why there is none."""
+def _ffmpeg(where: str | None) -> tuple[str, str]:
+    """The version that our own function says, as this process imports it, or a problem."""
+    if where is None:
+        return "", ""
     module, _, function = where.partition(":")
     try:
-        return {"answer": str(getattr(importlib.import_module(module), function)()), "problem": ""}
+        return str(getattr(importlib.import_module(module), function)()), ""
     except Exception as error:  # whatever is wrong here is what was asked
-        return {"answer": "", "problem": f"{error}" or type(error).__name__}
+        return "", str(error) or type(error).__name__
 
 
 def _folder_problem(url: str, theirs: str, mine: str) -> str:
@@ -154,8 +200,11 @@ def _tracking_problem(uri: str | None) -> str | None:
         return f"{error}"
 
 
-def _free_bytes(folder: str) -> int | None:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
+def _disks(folders: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Free and all bytes of their disks."""
+    found = {}
+    for folder in folders:
+        with suppress(OSError):  # that it is missing, others say
+            usage = shutil.disk_usage(folder)
+            found[folder] = usage.free, usage.total
+    return found

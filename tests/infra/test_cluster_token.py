@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.cluster import checkout, session
+from infra.cluster import call, checkout, session
 from infra.cluster_token import provide_token, require_entry, token_file
 from infra.errors import ClusterError
 
@@ -123,6 +123,11 @@ def test_nobody_without_the_token_uses_a_cluster_of_our_own(monkeypatch, tmp_pat
             start_other_process(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(wrong)),
             start_other_process(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)),
         ]
+        [node] = ray.nodes()
+        assert node["Resources"]["object_store_memory"] == 256 * 2**20
+        niceness = call(os.getpriority, num_cpus=1, num_gpus=0, arguments={"which": os.PRIO_PROCESS, "who": 0})
+        assert niceness == os.getpriority(os.PRIO_PROCESS, 0)  # see `cluster._SYSTEM_SETTINGS`
+
         sockets = listening()
         assert {place.ip.removeprefix("::ffff:") for place in sockets} == {"127.0.0.1"}
         answers = Counter(http_answer(place.port) for place in sockets)
