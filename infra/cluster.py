@@ -69,7 +69,7 @@ def session(address: str | None) -> Iterator[None]:
             ray.init(**options)
     except Exception as error:  # Ray raises all kinds, Exception itself among them
         where = f"at {address}" if address else "on this machine"
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ClusterError(
             f"no Ray cluster {where}: {reason}; check `ray status`, or leave out --address to use this machine"
         ) from error
