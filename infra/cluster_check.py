@@ -172,7 +172,7 @@ def _probes() -> Iterator[list[_Probe]]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it untyped
-    ray.cloudpickle.register_pickle_by_value(cluster_probe)
+    ray.cloudpickle.register_pickle_by_value(cluster_probe)  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     try:
         actor: Any = ray.remote(num_cpus=0)(cluster_probe.Probe)
         actors = [
@@ -180,7 +180,7 @@ def _probes() -> Iterator[list[_Probe]]:
             for node in nodes
         ]
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(cluster_probe)
+        ray.cloudpickle.unregister_pickle_by_value(cluster_probe)  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     try:
         yield [_Probe(*parts) for parts in zip(_names(nodes), nodes, actors, strict=True)]
     finally:

@@ -90,11 +90,12 @@ def require_entry(address: str) -> str:
 
 def _wants_token() -> bool:
     """Whether this process uses tokens; sets the default. Ray forgets what it has read of all this so far."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet
 
+    compiled: Any = _raylet
     os.environ.setdefault(_MODE, "token")
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
     return os.environ[_MODE].lower() == "token"
 
 

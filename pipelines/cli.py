@@ -119,7 +119,7 @@ def run(
     workdir: WorkdirOption = Path("work"),
     address: Annotated[
         str | None,
-        typer.Option("--address", metavar="ADDR", help="A running Ray cluster; otherwise one starts on this machine."),
+        typer.Option("--address", metavar="ADDR", help="A running Ray cluster, checked first; else one starts here."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
