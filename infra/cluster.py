@@ -1,28 +1,41 @@
 """The Ray cluster: one of our own on this machine, or one that is already there (`--address`)."""
 
+import json
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from infra.cluster_token import provide_token, require_entry
 from infra.errors import ClusterError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PACKAGES = ("infra", "models", "pipelines", "preprocessing", "tuning")
+"""Our code: what goes to the nodes of a cluster."""
+
+SPILL_LIMIT = 0.95
+"""Of the disk with Ray's temporary folder; where more of it is used, Ray spills no object but fails what needs it."""
+
+# Of a cluster of our own; a node that is started by hand gets them as variables: RAY_worker_niceness=0 ray start ...
+_SYSTEM_SETTINGS = {
+    # As other programs. Ray's own 15 gives a worker 3 % of a core that it shares with one of them, and since the threads of a
+    # training wait for each other, two of them beside one busy program then did 1.8 clips/s; at 0 they do 12.9, and alone 47.
+    "worker_niceness": 0,
+    # Ray's own default is to try a task that is too big for memory for ever. The driver counts, whoever started the cluster.
+    "task_oom_retries": 3,
+    "local_fs_capacity_threshold": SPILL_LIMIT,
+}
 _OBJECT_STORE_BYTES = 256 * 2**20  # data goes through files, so that only small manifests pass through Ray's object store
 _CONNECT_SECONDS = 5.0
-# As other programs. Ray's own 15 gives a worker 3 % of a core that it shares with one of them, and since the threads of a
-# training wait for each other, two of them beside one busy program then did 1.8 clips/s; at 0 they do 12.9, and alone 47.
-_WORKER_NICENESS = 0
-_TASK_OOM_RETRIES = 3  # Ray's own default is to try a task that is too big for ever
 
 
 def checkout() -> Path:
-    """The folder that holds our packages; a remote cluster gets it as working directory, so that it runs this very code."""
+    """The folder that holds our packages."""
     return Path(__file__).resolve().parent.parent
 
 
@@ -30,8 +43,11 @@ def checkout() -> Path:
 def session(address: str | None) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine that ends with the `with` block.
 
+    A cluster of our own asks for a token and listens on the loopback interface only.
+
     Raises:
-        ClusterError: if nothing answers at `address`.
+        ClusterError: if nothing answers at `address`, it runs another Ray, or does not fit this process's token
+            (`cluster_token.require_entry`); if this machine is none of its nodes; if Ray does not start.
     """
     import ray
     import ray.train.torch
@@ -40,21 +56,22 @@ def session(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(_SYSTEM_SETTINGS["task_oom_retries"]))
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address:
-        _require_answer(address)
-        excludes = (checkout() / ".rayignore").read_text().split() if (checkout() / ".rayignore").exists() else []
-        options |= {"address": address, "runtime_env": {"working_dir": str(checkout()), "excludes": excludes}}
+        options |= {"address": _entered(address), "runtime_env": code_environment()}
     else:
-        system = {"task_oom_retries": _TASK_OOM_RETRIES, "worker_niceness": _WORKER_NICENESS}
+        provide_token()
         options |= {"address": "local", "include_dashboard": False}  # local: never join a cluster that happens to run here
-        options |= {"object_store_memory": _OBJECT_STORE_BYTES, "_system_config": system}
+        options |= {"object_store_memory": _OBJECT_STORE_BYTES, "_system_config": _SYSTEM_SETTINGS}
     try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        with nullcontext() if address else _on_loopback():
+            ray.init(**options)
+    except Exception as error:  # Ray raises all kinds, Exception itself among them
         where = f"at {address}" if address else "on this machine"
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ClusterError(
-            f"no Ray cluster {where}: {error}; check `ray status`, or leave out --address to use this machine"
+            f"no Ray cluster {where}: {reason}; check `ray status`, or leave out --address to use this machine"
         ) from error
     try:
         yield
@@ -68,18 +85,63 @@ def session(address: str | None) -> Iterator[None]:
     ray.shutdown()
 
 
-def _require_answer(address: str) -> None:
-    """Ray itself tries for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return  # "auto", or a name that Ray resolves
+def code_environment() -> dict[str, Any]:
+    """Ray's `runtime_env` with which the nodes of a cluster run this very code.
+
+    Of the checkout only our packages travel: no data, store or secret that somebody keeps in it. A job that `ray job submit`
+    has started brought its code along, to the driver as to the nodes.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if (job.get("runtime_env") or {}).get("working_dir"):
+        return {}
+    return {"working_dir": str(checkout()), "excludes": ["/*", "!/.", *(f"!/{name}" for name in PACKAGES), "__pycache__"]}
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray listen on 127.0.0.1, as it does on macOS; on Linux the same ports are open to the whole network (2.60)."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _entered(address: str) -> str:
+    """The address as Ray needs it, once it is sure that this process can join; Ray itself tries for minutes, or aborts."""
+    import ray
+    from ray._private import services
+
+    host, colon, port = address.rpartition(":")
+    if "://" in address:
         raise ClusterError(
-            f"no Ray cluster at {address}: {error}; expected the address that `ray status` or `ray start --head` prints; "
-            "leave out --address to use this machine"
-        ) from error
+            f"--address {address}: Ray Client cannot train; expected host:port of the head (its GCS), and this command on "
+            "one of the cluster's machines, for example by `ray job submit`"
+        )
+    hint = "expected the address that `ray status` or `ray start --head` prints; leave out --address to use this machine"
+    try:
+        if colon and port.isdigit():  # else "auto", or a name that Ray resolves
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        found = services.canonicalize_bootstrap_address(address)
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {error}; {hint}") from error
+    if found is None:
+        raise ClusterError(f"no Ray cluster at {address}; {hint}")
+    version = require_entry(found)
+    if version != ray.__version__:
+        raise ClusterError(
+            f"the cluster at {address} runs Ray {version}, this process Ray {ray.__version__}; expected the same: "
+            f"pip install 'ray[default,train,tune]=={version}' here, or start the cluster's nodes with {ray.__version__}"
+        )
+    if not services.find_node_ids():  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+        raise ClusterError(
+            f"this machine is no node of the cluster at {address}: no raylet runs here; run this command on one of its "
+            f"nodes, or make this machine one: ray start --address={address} --num-cpus=0"
+        )
+    return found
 
 
 def resources() -> dict[str, float]:

@@ -15,6 +15,9 @@ from typing import Any
 
 from infra.errors import PipelineError
 
+MINIMUM_FREE_BYTES = 200 * 10**6
+"""What a disk must have free before a run starts to write to it."""
+
 _CHUNK_BYTES = 1 << 20
 
 

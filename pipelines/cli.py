@@ -1,4 +1,4 @@
-"""The command line: `sagsm plan | run | experiments | models | compare | gap | ensemble | predict | ui | shards`.
+"""The command line: `sagsm plan | run | experiments | models | compare | gap | ensemble | predict | ui | shards | cluster`.
 
 Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
 standard error. Errors that a user can mend are one message and exit code 2.
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from infra.errors import SagsmError
+from pipelines.cluster_cli import cluster_app
 from pipelines.ensemble_cli import ensemble
 from pipelines.judging_cli import judging_app, print_comparison
 from pipelines.predict_cli import predict
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(judging_app)
 app.add_typer(shards_app, name="shards")
+app.add_typer(cluster_app, name="cluster")
 app.command()(ensemble)
 app.command()(predict)
 
@@ -77,9 +79,9 @@ def plan(
     Example: sagsm plan demo --set search.num_trials=6
     """
     from pipelines.preview import preview, preview_text
-    from pipelines.run import plan_experiment
+    from pipelines.run import make_request, plan_experiment
 
-    request = _request(experiment, set_, only, workdir, None)
+    request = make_request(experiment, set_ or [], workdir, only)
     planned = plan_experiment(request)
     training = preview(request.config, planned)
     forecast = _forecast(request, estimate, cpus)
@@ -118,7 +120,7 @@ def run(
     workdir: WorkdirOption = Path("work"),
     address: Annotated[
         str | None,
-        typer.Option("--address", metavar="ADDR", help="A running Ray cluster; otherwise one starts on this machine."),
+        typer.Option("--address", metavar="ADDR", help="A running Ray cluster, checked first; else one starts here."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -127,9 +129,9 @@ def run(
     Example: sagsm run demo --set search.num_trials=6
     """
     from infra.progress import StageProgress
-    from pipelines.run import Interrupted, interruptible, run_experiment
+    from pipelines.run import Interrupted, interruptible, make_request, run_experiment
 
-    request = _request(experiment, set_, only, workdir, address)
+    request = make_request(experiment, set_ or [], workdir, only, address)
     try:
         with interruptible(), StageProgress() as progress:
             outcome = run_experiment(request, progress)
@@ -273,20 +275,6 @@ def _forecast(request: Any, wanted: bool, cpus: list[int] | None) -> tuple[dict[
         found = estimate_shards(request, on_progress=progress.for_stage("estimate"))
     numbers = sorted({machine_cpus(), *(cpus or [])})
     return estimate_document(found, numbers), estimate_text(found, numbers)
-
-
-def _request(experiment: str, set_: list[str] | None, only: str | None, workdir: Path, address: str | None) -> Any:
-    from infra.settings import parse_assignments
-    from pipelines.comparison import Comparison
-    from pipelines.experiments import find_experiment
-    from pipelines.presets import apply_preset
-    from pipelines.run import Request
-
-    found, overrides = find_experiment(experiment)(), parse_assignments(set_ or [])
-    if isinstance(found, Comparison):
-        comparison = found.with_overrides(overrides)
-        return Request(experiment, comparison.config, workdir.absolute(), address, only, comparison)
-    return Request(experiment, apply_preset(found, overrides), workdir.absolute(), address, only)
 
 
 def _command(verb: str, experiment: str, set_: list[str] | None, only: str | None, workdir: Path) -> str:

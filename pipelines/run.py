@@ -13,19 +13,23 @@ from types import FrameType
 from typing import Any
 
 from infra import cluster
+from infra.cluster_check import require_fit
 from infra.errors import PipelineError
 from infra.links import run_url
 from infra.progress import StageProgress
-from infra.storage import require_free_space, write_json
+from infra.settings import parse_assignments
+from infra.storage import MINIMUM_FREE_BYTES, require_free_space, write_json
 from infra.system_metrics import watch_machine
 from infra.tracking import TrackedRun, Tracker, is_all_sent, tracking_uri
 from pipelines.artifacts import Artifact, Store
 from pipelines.comparison import Comparison, plan_comparison
 from pipelines.config import ExperimentConfig
+from pipelines.experiments import find_experiment
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
+from pipelines.node_needs import stage_needs
+from pipelines.presets import apply_preset
 from pipelines.stages import STAGES, config_yaml
 
-_MINIMUM_FREE_BYTES = 200 * 10**6
 _STOP_SECONDS = 5.0  # who sends SIGTERM may send SIGKILL soon after
 _WATCHED = ("shards", "train")  # stages during which the load of this machine is recorded
 # Imported before stages run side by side: threads that import one package at the same time can each see half of it.
@@ -104,6 +108,28 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def make_request(
+    experiment: str, assignments: Sequence[str], workdir: Path, only: str | None = None, address: str | None = None
+) -> Request:
+    """The request of a command line.
+
+    Args:
+        experiment: its name.
+        assignments: of `--set`, as "NAME=VALUE".
+        workdir: may be relative.
+        only: see `Request`.
+        address: see `Request`.
+
+    Raises:
+        ConfigError: if there is no such experiment or setting, or a value is not allowed.
+    """
+    found, overrides = find_experiment(experiment)(), parse_assignments(assignments)
+    if isinstance(found, Comparison):
+        comparison = found.with_overrides(overrides)
+        return Request(experiment, comparison.config, workdir.absolute(), address, only, comparison)
+    return Request(experiment, apply_preset(found, overrides), workdir.absolute(), address, only)
+
+
 def plan_experiment(request: Request) -> list[PlannedStage]:
     """What of the experiment is cached and what must run; touches no cluster and writes nothing."""
     store = Store(request.workdir / "store")
@@ -132,6 +158,8 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
     tracker = _open_tracker(request)
     tracker.close_abandoned_runs()
     with cluster.session(request.address), _killed_on_interrupt(tracker):
+        if request.address is not None:
+            _require_fit(request, planned, progress)
         pipeline = tracker.start_run(
             tracker.next_name("p", request.experiment),
             parent=None,
@@ -143,6 +171,14 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         numbers = _headline(results)
         _close_pipeline(pipeline, results, numbers)
     return Outcome(results, numbers, run_url("", tracker.experiment_id, pipeline.run_id))
+
+
+def _require_fit(request: Request, planned: Sequence[PlannedStage], progress: StageProgress) -> None:
+    """The short form of `sagsm cluster check`: seconds, where a worker that imports old code may cost a night."""
+    assert request.address is not None
+    stages = {item.stage.name for item in planned if item.artifact is None}
+    for finding in require_fit(stage_needs(request.config, request.workdir, stages), request.address):
+        progress.say(f"  {finding}")
 
 
 def _open_tracker(request: Request) -> Tracker:
@@ -229,7 +265,7 @@ def _prepare_workdir(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PipelineError(f"cannot make the work directory {workdir}: {error}; choose another one with --workdir") from error
-    require_free_space(workdir, _MINIMUM_FREE_BYTES, "a run")
+    require_free_space(workdir, MINIMUM_FREE_BYTES, "a run")
 
 
 def _headline(results: list[StageResult]) -> dict[str, Any]:

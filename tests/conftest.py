@@ -1,6 +1,7 @@
 """What tests of several packages share."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,6 +19,10 @@ from hypothesis import HealthCheck, settings
 from infra.tracking import Tracker
 from infra.tracking_client import CLIENT_ENVIRONMENT
 from infra.ui_server import server_command
+
+# For every cluster of the tests, also those that a test starts without `cluster.session`; no token gets into the user's home.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # A busy machine is no failure: pytest-timeout ends what hangs.
 settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])

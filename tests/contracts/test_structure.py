@@ -17,6 +17,8 @@ ENGINES = {
     "optuna": {"tuning/"},
     "ray": {
         "infra/cluster.py",
+        "infra/cluster_check.py",
+        "infra/cluster_token.py",
         "preprocessing/tasks.py",
         "pipelines/training/worker.py",
         "pipelines/graph.py",
