@@ -104,12 +104,24 @@ def test_public_definitions_have_docstrings_and_short_bodies(path):
 
 def test_tests_mirror_the_source():
     modules = {path.relative_to(ROOT) for path in SOURCES if path.name != "__init__.py"}
+    modules |= {Path("infra/deploy") / f"{name}.py" for name in deploy_parts()}
     for test in (ROOT / "tests").rglob("test_*.py"):
         place = test.relative_to(ROOT / "tests")
         if place.parts[0] in ("contracts", "end_to_end"):
             continue
         mirrored = place.with_name(place.name.removeprefix("test_"))
         assert mirrored in modules, f"{place} tests {mirrored}, which does not exist"
+
+
+def deploy_parts() -> set[str]:
+    """What infra/deploy holds: files and folders that are no Python, each with a test that checks it."""
+    return {path.stem.lower() for path in (ROOT / "infra" / "deploy").iterdir()}
+
+
+def test_every_deploy_file_has_a_test():
+    assert {f"test_{part}" for part in deploy_parts()} == {
+        path.stem for path in (ROOT / "tests/infra/deploy").glob("test_*.py")
+    }
 
 
 def test_no_init_files_under_tests():
