@@ -52,7 +52,7 @@ def test_what_cannot_be_served_is_an_error(tmp_path: Path, uri: str, host: str, 
 
 
 def test_the_server_checks_hosts_exactly(tmp_path: Path) -> None:
-    command = server_command("sqlite:////w/mlflow.db", tmp_path, "127.0.0.1", 5001)
+    command = server_command(tmp_path, "127.0.0.1", 5001)
     assert command[command.index("--allowed-hosts") + 1] == "127.0.0.1:5001,localhost:5001"
     assert command[command.index("--workers") + 1] == "1"
 
