@@ -24,6 +24,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from infra.errors import ConfigError, PipelineError
+from infra.secrets import redact
 from infra.storage import atomic_path
 
 _SCHEMES = ("s3", "gs")
@@ -363,8 +364,11 @@ def _s3(endpoint: str, region: str) -> Any:
     options: dict[str, Any] = {}
     if endpoint:
         parts = urlsplit(endpoint)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ConfigError(f"AWS_ENDPOINT_URL is {endpoint!r}; expected http://host:port or https://host:port")
+        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+            raise ConfigError(
+                f"AWS_ENDPOINT_URL is {redact(endpoint)!r}; expected http://host:port or https://host:port, with credentials "
+                "in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
     return fs.S3FileSystem(
         region=region,

@@ -10,15 +10,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from infra.errors import ConfigError
+from infra.secrets import credentials_in, redact
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, and an unknown name is an error."""
+    """Base of all settings: immutable, and an unknown name is an error, as is a URL with credentials.
+
+    Settings are printed, hashed, kept in the store and recorded in MLflow.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_credentials(cls, data: Any) -> Any:
+        """Before, since a path made of a URL no longer looks like one."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if not (isinstance(value, dict) and _is_section(cls, name)) and credentials_in(value):
+                raise ValueError(
+                    f"{name} holds a URL with a user name, a password or a query, which would be printed and recorded; "
+                    "expected SCHEME://PLACE: put credentials into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                    "...), and fetch what has a signed URL by other means"
+                )
+        return data
+
+
+def _is_section(settings: type[Settings], name: str) -> bool:
+    """Whether a member is settings again, which look at themselves."""
+    field = settings.model_fields.get(name)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
 
 
 S = TypeVar("S", bound=Settings)
@@ -112,7 +135,7 @@ def explain_validation_error(error: ValidationError) -> str:
     for item in error.errors():
         dotted = ".".join(str(part) for part in item["loc"])
         shown = item["type"] != "missing" and not isinstance(item["input"], dict)
-        found = f" (found {item['input']!r})" if shown else ""
+        found = f" (found {redact(repr(item['input']))})" if shown else ""
         # YAML takes 2026, 2026-01-01 and yes for a number, a date and a truth value, and ~ for nothing.
         quotes = f"; if it is meant as text, put it in quotes: {dotted}='\"...\"'" if item["type"] == "string_type" else ""
         lines.append(f"{dotted or 'settings'}: {item['msg'].removeprefix('Value error, ')}{found}{quotes}")

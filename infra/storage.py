@@ -1,8 +1,9 @@
-"""Files that are whole or absent: atomic writes, hashes, free space.
+"""Files that are whole or absent: atomic writes, hashes, locks, free space.
 
 The order is always the same: write under a temporary name in the same folder, fsync the file, rename it, fsync the folder.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -79,6 +80,17 @@ def fsync_dir(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """One process, or thread, at a time is in such a block; others wait."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 

@@ -15,12 +15,16 @@ from pathlib import Path
 
 from infra.errors import ConfigError, PipelineError
 from infra.provenance import git_commit, has_ended, this_process, user_name
+from infra.secrets import redact, split_userinfo
 from infra.tracking_client import Sender, connect, explained, find_or_create_experiment
 from infra.tracking_model import fetch_model
 from infra.tracking_run import NOTE_CHARACTERS, RunStatus, TrackedRun, now
-from infra.tracking_spool import Spool, has_entries
+from infra.tracking_spool import Spool, decode, has_entries
 
-__all__ = ["RunStatus", "TrackedRun", "Tracker", "download_model", "experiment_ids", "is_all_sent", "tracking_uri"]
+__all__ = [
+    *("RunStatus", "TrackedRun", "Tracker"),
+    *("download_model", "embedded_uri", "experiment_ids", "is_all_sent", "spool_folder", "tracking_uri", "unsent_files"),
+]
 
 _WRITER = "writer"
 _REPLAY_SECONDS = 60.0
@@ -29,8 +33,30 @@ _CLOSE_SECONDS = 30.0
 
 
 def tracking_uri(workdir: Path) -> str:
-    """Where runs are recorded: `MLFLOW_TRACKING_URI` if it is set, else a SQLite file in the work directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
+    """Where runs are recorded: `MLFLOW_TRACKING_URI` if it is set, else a SQLite file in the work directory.
+
+    A user name and a password in the address of a server go from there into the variables in which MLflow's client looks for
+    them, since addresses are shown in messages.
+
+    Raises:
+        ConfigError: if those variables name somebody else.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if not uri.startswith(("http://", "https://")):
+        return uri or embedded_uri(workdir)
+    uri, *given = split_userinfo(uri)
+    for name, value in zip(("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"), given, strict=True):
+        if value and os.environ.setdefault(name, value) != value:
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI and {name} differ in who asks; expected one of them: leave it out of the URI"
+            )
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    return uri
+
+
+def embedded_uri(workdir: Path) -> str:
+    """The SQLite file in the work directory."""
+    return f"sqlite:///{workdir.resolve() / 'mlflow.db'}"
 
 
 def experiment_ids(uri: str) -> dict[str, str]:
@@ -67,7 +93,13 @@ def download_model(uri: str, model: str, folder: Path) -> Path:
 
 def is_all_sent(uri: str, artifact_root: Path) -> bool:
     """Whether no earlier process has left anything that the next `Tracker` would send."""
-    return not has_entries(_spool_folder(uri, artifact_root))
+    return not has_entries(spool_folder(uri, artifact_root))
+
+
+def unsent_files(workdir: Path) -> list[Path]:
+    """Folders outside the journals that records which are still to be sent name: networks to be registered."""
+    journals = (workdir / "mlflow-spool").glob("*/*.journal")
+    return [Path(entry["files"]) for path in journals for entry in decode(path.read_bytes())[0] if "files" in entry]
 
 
 class Tracker:
@@ -90,12 +122,12 @@ class Tracker:
         self._runs: list[TrackedRun] = []
         self._is_closed = False
         self._starting = threading.Lock()
-        folder = _spool_folder(uri, artifact_root)
+        folder = spool_folder(uri, artifact_root)
         with explained(uri):
             self._client = connect(uri)
             self.experiment_id = find_or_create_experiment(self._client, uri, experiment, artifact_root)
             self._sender = Sender(self._client, uri, self.experiment_id, folder)
-            self._spool = Spool(folder, self._sender.send, f"MLflow at {uri}")
+            self._spool = Spool(folder, self._sender.send, f"MLflow at {redact(uri)}")
         self._spool.flush(_REPLAY_SECONDS)
 
     def start_run(
@@ -138,7 +170,9 @@ class Tracker:
             run = TrackedRun(key, name, self._spool, self._sender.ids)
             self._runs.append(run)
         if self._spool.wait(number, _START_SECONDS) and key not in self._sender.ids:
-            raise PipelineError(f"the run {name!r} was not started, since MLflow at {self.uri} refused it; the log says why")
+            raise PipelineError(
+                f"the run {name!r} was not started, since MLflow at {redact(self.uri)} refused it; the log says why"
+            )
         return run
 
     def finish_open_runs(self, status: RunStatus) -> None:
@@ -178,6 +212,6 @@ class Tracker:
             self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", markdown[:NOTE_CHARACTERS])
 
 
-def _spool_folder(uri: str, artifact_root: Path) -> Path:
-    """One for each server, since what was meant for one must not reach another."""
+def spool_folder(uri: str, artifact_root: Path) -> Path:
+    """Of the journals; one for each server, since what was meant for one must not reach another."""
     return artifact_root.absolute().parent / "mlflow-spool" / hashlib.sha256(uri.encode()).hexdigest()[:8]

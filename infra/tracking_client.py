@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sqlite3
 import urllib.error
 import urllib.request
@@ -16,10 +17,12 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from infra.errors import PipelineError
+from infra.secrets import redact
 from infra.tracking_model import send_model
 from infra.tracking_spool import AwayError, Entry
 
@@ -32,6 +35,7 @@ _PARAMS_PER_BATCH = 100
 _DATASET_DIGEST_CHARACTERS = 36
 _CONNECT_SECONDS = 5.0
 _DATABASE_LOCK_SECONDS = 120.0
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 _DOUBTFUL = ("BAD_REQUEST", "INTERNAL_ERROR")  # what MLflow says of a lost database as well as of a value it cannot store
 _DOUBTFUL_TRIES = 4
@@ -307,6 +311,7 @@ def _require_sqlite(path: Path) -> None:
 def require_server(uri: str) -> None:
     """Raise an OSError, within seconds, if `uri` is that of a server and it does not answer or says that it cannot."""
     if not uri.startswith(("http://", "https://")):
+        _require_database(uri)
         return
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_CONNECT_SECONDS):  # noqa: S310 (looked at above)
@@ -316,6 +321,19 @@ def require_server(uri: str) -> None:
         if answer.code >= 500:
             raise
         # else it may ask who we are; it is there
+
+
+def _require_database(uri: str) -> None:
+    """As `require_server`, for a database server; MLflow would try for minutes."""
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError:  # which shows a part of a password with a "/" in it
+        raise OSError(
+            "its host and port cannot be told; characters such as / and @ in a password are written %2F and %40"
+        ) from None
+    if host and port:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
 
 
 def find_or_create_experiment(client: "MlflowClient", uri: str, name: str, artifact_root: Path) -> str:
@@ -377,11 +395,11 @@ def _tracking_error(uri: str, error: Exception) -> PipelineError:
         )
     else:
         advice = "expected a database that can be read and written; check its disk, or choose another place with --workdir"
-    return PipelineError(f"tracking at {uri} failed: {_first_line(error)}; {advice}")
+    return PipelineError(f"tracking at {redact(uri)} failed: {_first_line(error)}; {advice}")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return (redact(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _batches(items: list[T], size: int) -> list[list[T]]:

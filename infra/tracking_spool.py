@@ -6,7 +6,8 @@
 
 An entry is written and synced before `append` returns, and sent in order, so that a process that is killed loses none: the next
 spool of the same folder takes over the journals whose writers are gone (the kernel then gives up their lock). An entry may
-arrive twice; it is the receiver's part to make that harmless. Nothing here knows what an entry means.
+arrive twice; it is the receiver's part to make that harmless. Nothing here knows what an entry means. What gets here leaves the
+program, so secrets are taken out of entries and files.
 """
 
 import errno
@@ -19,14 +20,15 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from infra.errors import PipelineError
-from infra.storage import fsync_dir, write_bytes
+from infra.secrets import redact, redact_file, redact_values
+from infra.storage import fsync_dir, locked_folder, write_bytes
 
 Entry = dict[str, Any]
 """JSON; under "file" it may name a file that `Spool.keep` has kept."""
@@ -85,7 +87,7 @@ class Spool:
         self._is_closed = False
         (folder / "files").mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{time.time_ns()}-{os.getpid()}{_SUFFIX}"
-        with _locked(folder):
+        with locked_folder(folder):
             self._journal = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             fcntl.flock(self._journal, fcntl.LOCK_EX)
             fsync_dir(folder)
@@ -97,7 +99,7 @@ class Spool:
         place = self.folder / "files" / uuid.uuid4().hex
         try:
             place.mkdir()
-            write_bytes(place / name, data)
+            write_bytes(place / name, redact_file(data))
         except OSError as error:
             raise self._cannot_write(error) from error
         return str((place / name).relative_to(self.folder))
@@ -108,6 +110,7 @@ class Spool:
         Raises:
             PipelineError: if the disk does not take it, or all was closed.
         """
+        entry = redact_values(entry)
         with self._changed:
             if self._is_closed:
                 raise PipelineError(f"nothing more is recorded with {self._receiver}, since everything is being stopped")
@@ -246,21 +249,22 @@ class Spool:
         place = self.folder / "refused.txt"
         _log.warning("%s refused a record, kept in %s: %s: %s", self._receiver, place, type(error).__name__, error)
         with suppress(OSError), place.open("ab") as file:
-            file.write(encode({**entry, "refused": str(error)}))
+            file.write(encode({**entry, "refused": redact(str(error))}))
         entry.pop("file", None)  # stays, as refused.txt names it
+
+
+def read_left(folder: Path) -> dict[str, bytes]:
+    """What processes that have ended could not send, as files of a spool: one journal, and the files that its entries name."""
+    entries: list[Entry] = []
+    with locked_folder(folder):
+        for path in sorted(folder.glob(f"*{_SUFFIX}")):
+            with path.open("rb") as journal, suppress(BlockingIOError):  # its writer is at work
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entries += decode(journal.read())[0]
+        files = {entry["file"]: (folder / entry["file"]).read_bytes() for entry in entries if "file" in entry}
+    return {f"0{_SUFFIX}": b"".join(map(encode, entries)), **files} if entries else {}
 
 
 def has_entries(folder: Path) -> bool:
     """Whether there is a journal that is not empty, of a process that has ended or is at work."""
     return any(path.stat().st_size for path in folder.glob(f"*{_SUFFIX}"))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes or takes over journals."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -42,7 +42,7 @@ def serve_ui(
     Once the server answers, it says where the runs of each experiment are shown.
 
     Args:
-        uri: of the database, as `infra.tracking.tracking_uri` gives it.
+        uri: of the database, as `infra.tracking.tracking_uri` gives it: of SQLite, or of a server such as PostgreSQL.
         artifact_root: where the files of runs are.
         host: 127.0.0.1 or localhost: the pages have no login.
         port: to listen on.
@@ -61,7 +61,7 @@ def serve_ui(
             f"runs are recorded at {uri}, a server with its own pages; expected the database of a work directory; "
             f"open {uri} in a browser, or unset MLFLOW_TRACKING_URI"
         )
-    if not Path(uri.removeprefix("sqlite:///")).is_file():
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise PipelineError(
             f"found no runs at {uri}; expected a SQLite database that `sagsm run` has written; "
             "run an experiment first, or name its folder with --workdir"
@@ -69,8 +69,8 @@ def serve_ui(
     _require_free_port(host, port)
     with _interrupted_by_signals(), tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
-            server_command(uri, artifact_root, host, port),
-            env={**CLIENT_ENVIRONMENT, **os.environ, **_SERVER_ENVIRONMENT},
+            server_command(artifact_root, host, port),
+            env=server_environment(uri),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -90,7 +90,12 @@ def serve_ui(
             _stop(server)
 
 
-def server_command(uri: str, artifact_root: Path, host: str, port: int) -> list[str]:
+def server_environment(uri: str) -> dict[str, str]:
+    """The environment of `server_command`: ours, and the database, whose URI may hold a password that `ps` must not show."""
+    return {**CLIENT_ENVIRONMENT, **os.environ, **_SERVER_ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": uri}
+
+
+def server_command(artifact_root: Path, host: str, port: int) -> list[str]:
     """The command of an MLflow server that answers only requests addressed to this machine at this port.
 
     Its own host check takes 10.attacker.example for a private address, hence the exact list.
@@ -98,7 +103,7 @@ def server_command(uri: str, artifact_root: Path, host: str, port: int) -> list[
     names = [f"{name}:{port}" for name in _LOOPBACK]
     return [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--no-serve-artifacts"),
-        *("--backend-store-uri", uri, "--default-artifact-root", artifact_root.resolve().as_uri()),
+        *("--default-artifact-root", artifact_root.resolve().as_uri()),
         *("--host", host, "--port", str(port)),
         *("--allowed-hosts", ",".join(names), "--cors-allowed-origins", ",".join(f"http://{name}" for name in names)),
     ]

@@ -22,7 +22,8 @@ from infra.errors import PipelineError
 from infra.storage import fsync_dir, sha256_file, write_json
 
 FORMAT_VERSION = 1
-_MANIFEST = "artifact.json"
+MANIFEST = "artifact.json"
+_LOCK_SECONDS = 0.5  # `sagsm store` tries each lock for a moment, to see whether it is held
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Store:
         Files are checked for presence and size, not for content: that would read every shard at every start.
         """
         folder = self.folder(stage, fingerprint)
-        if not (folder / _MANIFEST).is_file():
+        if not (folder / MANIFEST).is_file():
             return None, ""
         artifact = Artifact(stage, fingerprint, folder, _read_manifest(folder))
         for name, entry in artifact.manifest["files"].items():
@@ -96,7 +97,7 @@ class Store:
     def finished(self, stage: str) -> list[Artifact]:
         """All finished artifacts of a stage, the newest first; their files are not looked at."""
         found = []
-        for manifest_path in (self.root / stage).glob(f"*/{_MANIFEST}"):
+        for manifest_path in (self.root / stage).glob(f"*/{MANIFEST}"):
             folder = manifest_path.parent
             if "." in folder.name:  # unfinished, or damaged and stepped aside
                 continue
@@ -122,7 +123,7 @@ class Store:
         folder = self.folder(stage, fingerprint)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock"), timeout=0):
+            with FileLock(folder.with_suffix(".lock"), timeout=_LOCK_SECONDS):
                 partial = folder.with_suffix(".partial")
                 partial.mkdir(exist_ok=True)
                 for leftover in partial.rglob(".tmp-*"):  # a writer was killed between its first byte and its rename
@@ -140,7 +141,7 @@ class Store:
         files = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(partial.rglob("*"))
-            if path.is_file() and path.name != _MANIFEST
+            if path.is_file() and path.name != MANIFEST
         }
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -153,13 +154,18 @@ class Store:
             "files": files,
             **extra,
         }
-        write_json(partial / _MANIFEST, manifest)
-        folder = self.folder(provenance.stage, fingerprint)
+        write_json(partial / MANIFEST, manifest)
+        folder = self.publish(partial, provenance.stage, fingerprint)
+        return Artifact(provenance.stage, fingerprint, folder, manifest)
+
+    def publish(self, partial: Path, stage: str, fingerprint: str) -> Path:
+        """Give a folder that is whole, with its `artifact.json`, its final name, which is returned."""
+        folder = self.folder(stage, fingerprint)
         if folder.exists():
             folder.rename(folder.with_suffix(f".damaged-{os.getpid()}"))
         partial.rename(folder)
         fsync_dir(folder.parent)
-        return Artifact(provenance.stage, fingerprint, folder, manifest)
+        return folder
 
 
 def shards_place(shards: Artifact) -> str:
@@ -169,7 +175,7 @@ def shards_place(shards: Artifact) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         if manifest["format_version"] != FORMAT_VERSION:

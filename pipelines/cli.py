@@ -1,4 +1,4 @@
-"""The command line: `sagsm plan | run | experiments | models | compare | gap | ensemble | predict | ui | shards | cluster`.
+"""The command line `sagsm`: `plan | run | compare | gap | ensemble | predict | ui | shards | store | cluster`.
 
 Tables are for people, `--json` is for programs: one JSON document as the last thing on standard output; all else goes to
 standard error. Errors that a user can mend are one message and exit code 2.
@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from infra.errors import SagsmError
+from infra.secrets import guard_output
 from pipelines.cluster_cli import cluster_app
 from pipelines.ensemble_cli import ensemble
 from pipelines.judging_cli import judging_app, print_comparison
 from pipelines.predict_cli import predict
 from pipelines.printing import print_card, print_json, print_table
 from pipelines.shards_cli import shards_app
+from pipelines.store_cli import store_app
 
 app = typer.Typer(
     name="sagsm",
@@ -31,6 +33,7 @@ app = typer.Typer(
 app.add_typer(judging_app)
 app.add_typer(shards_app, name="shards")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(store_app, name="store")
 app.command()(ensemble)
 app.command()(predict)
 
@@ -52,7 +55,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 
 def main() -> None:
-    """Entry point of the console script: user errors become a message and exit code 2."""
+    """Entry point of the console script: user errors become a message and exit code 2; no output shows a secret."""
+    guard_output()
     try:
         app(standalone_mode=True)
     except SagsmError as error:

@@ -1,12 +1,15 @@
-"""What the commands print on standard output: tables for people, JSON for programs."""
+"""What the commands print on standard output: tables for people, JSON for programs; and how a failing disk is told."""
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from infra.errors import PipelineError
 
 _WIDTH_OF_A_PIPE = 10_000  # nothing is cut or wrapped for a width that nobody has
 
@@ -42,3 +45,23 @@ def print_card(card: Mapping[str, Any]) -> None:
     if rows := card_rows(card):
         print_table(CARD_HEADER, rows)
     print()
+
+
+@contextmanager
+def system_errors_explained() -> Iterator[None]:
+    """A disk or network that fails is told in one sentence, as other errors that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        advice = "check the path, its permissions, the free space and the network, then run again"
+        raise PipelineError(f"{error}; {advice}") from error
+
+
+def megabytes(num_bytes: float) -> str:
+    """A size for people.
+
+    Example:
+        >>> megabytes(1_234_567)
+        '1.2 MB'
+    """
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,11 +21,12 @@ from infra.settings import parse_assignments
 from infra.storage import MINIMUM_FREE_BYTES, require_free_space, write_json
 from infra.system_metrics import watch_machine
 from infra.tracking import TrackedRun, Tracker, is_all_sent, tracking_uri
-from pipelines.artifacts import Artifact, Store
+from pipelines.artifacts import MANIFEST, Artifact, Store
 from pipelines.comparison import Comparison, plan_comparison
 from pipelines.config import ExperimentConfig
 from pipelines.experiments import find_experiment
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
+from pipelines.leases import lease
 from pipelines.node_needs import stage_needs
 from pipelines.presets import apply_preset
 from pipelines.stages import STAGES, config_yaml
@@ -153,6 +154,16 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
         _send_what_is_left(request, progress)
         return Outcome(results, _headline(results), None)
     _prepare_workdir(request.workdir)
+    store = Store(request.workdir / "store")
+    needed = [(item.stage.name, item.fingerprint) for item in planned]
+    to_run = [item for item in planned if item.artifact is None]
+    needed += [(found.stage, found.fingerprint) for item in to_run for found in _earlier(store, item, request.experiment)]
+    with lease(store.root, needed, f"sagsm run {request.experiment}"):
+        _require_kept(planned)
+        return _run_planned(request, planned, progress)
+
+
+def _run_planned(request: Request, planned: Sequence[PlannedStage], progress: StageProgress) -> Outcome:
     for module in _USED_BY_STAGES:
         importlib.import_module(module)
     tracker = _open_tracker(request)
@@ -179,6 +190,15 @@ def _require_fit(request: Request, planned: Sequence[PlannedStage], progress: St
     stages = {item.stage.name for item in planned if item.artifact is None}
     for finding in require_fit(stage_needs(request.config, request.workdir, stages), request.address):
         progress.say(f"  {finding}")
+
+
+def _require_kept(planned: Sequence[PlannedStage]) -> None:
+    """What the plan counts on may have been removed before there was a lease on it."""
+    for item in planned:
+        if item.artifact is not None and not (item.artifact.path / MANIFEST).is_file():
+            raise PipelineError(
+                f"{item.artifact.path} was removed while this run was starting, as by `sagsm store gc`; run again"
+            )
 
 
 def _open_tracker(request: Request) -> Tracker:
@@ -212,7 +232,8 @@ def _stage_runner(request: Request, tracker: Tracker, pipeline: TrackedRun, prog
             words = [item.variant.replace(":", " "), stage.name, pipeline.name.split()[0]]
             resumed = json.loads(run_file.read_bytes())["run_id"] if run_file.exists() else None
             with tracker.start_run(" ".join(words).strip(), parent=pipeline.run_id, tags=tags, resume_id=resumed) as run:
-                write_json(run_file, {"run_id": run.run_id})
+                about = {"experiment": request.experiment, "variant": item.variant, "run_id": run.run_id}
+                write_json(run_file, {**asdict(item.provenance), **about})  # what `sagsm store` knows of unfinished work
                 run.log_params(item.provenance.config)
                 context = StageContext(
                     output_dir,

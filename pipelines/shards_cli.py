@@ -1,15 +1,14 @@
 """`sagsm shards verify | stats | heal | index`: looking at a shard set, mending it, making one out of tars made elsewhere."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from infra.errors import ConfigError, DataError, PipelineError
-from pipelines.printing import print_json, print_table
+from infra.errors import ConfigError, DataError
+from pipelines.printing import megabytes, print_json, print_table, system_errors_explained
 
 shards_app = typer.Typer(
     help="Look at a shard set (a folder with dataset.json), mend it, or make one out of tars made elsewhere.",
@@ -32,7 +31,7 @@ def shards_verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
     from infra.progress import StageProgress
     from preprocessing.verify import verify_shards
 
-    with _system_errors_explained(), StageProgress() as progress:
+    with system_errors_explained(), StageProgress() as progress:
         problems = [str(problem) for problem in verify_shards(_place(folder), progress.for_stage("verify"))]
     if as_json:
         print_json({"problems": problems})
@@ -84,7 +83,7 @@ def shards_heal(
 
     _require_root(root)
     target = output or _healed_beside(folder)
-    with _system_errors_explained(), StageProgress() as progress:
+    with system_errors_explained(), StageProgress() as progress:
         on_progress = progress.for_stage("heal")
         report = heal_shards(_place(folder), _place(target), _writer(root, address, on_progress), on_progress)
     if as_json:
@@ -124,7 +123,7 @@ def shards_index(
     from preprocessing.foreign import index_foreign_tars, read_label_names
 
     names = read_label_names(labels) if labels else None
-    with _system_errors_explained(), StageProgress() as progress:
+    with system_errors_explained(), StageProgress() as progress:
         counts = index_foreign_tars(
             tars,
             output,
@@ -143,16 +142,6 @@ def shards_index(
     if counts["ignored_files"]:
         print(f"{counts['ignored_files']:,} files belong to no sample (names without a dot, or hidden) and were left out")
     print(f"next: sagsm shards stats {where}")
-
-
-@contextmanager
-def _system_errors_explained() -> Iterator[None]:
-    """A disk or network that fails is told in one sentence, as other errors that the user can mend."""
-    try:
-        yield
-    except OSError as error:
-        advice = "check the path, its permissions, the free space and the network, then run again"
-        raise PipelineError(f"{error}; {advice}") from error
 
 
 def _healed_beside(folder: str) -> str:
@@ -227,7 +216,7 @@ def _print_stats(stats: dict[str, Any]) -> None:
     shards = stats["shards"]
     print(
         f"{stats['dataset']}: {stats['num_classes']} classes (passport {stats['label_passport']}), {shards['count']:,} shards "
-        f"of {_megabytes(shards['min_bytes'])} to {_megabytes(shards['max_bytes'])}, {_megabytes(shards['bytes'])} in all"
+        f"of {megabytes(shards['min_bytes'])} to {megabytes(shards['max_bytes'])}, {megabytes(shards['bytes'])} in all"
         + (f"; decoding took {stats['decoding_seconds']:,.0f} s, all workers together" if stats["decoding_seconds"] else "")
     )
     print_table(("", *stats["splits"]), _split_rows(stats["splits"]), numbers_from=1)
@@ -249,7 +238,7 @@ def _split_rows(splits: dict[str, Any]) -> list[tuple[str, ...]]:
     for word in ("min", "median", "mean", "max"):
         spreads = [split["frames_per_video"] for split in splits.values()]
         rows.append((f"frames a video, {word}", *(f"{spread[word]:,.4g}" if spread else "-" for spread in spreads)))
-    rows.append(("JPEG data", *(_megabytes(split["jpeg_bytes"]) for split in splits.values())))
+    rows.append(("JPEG data", *(megabytes(split["jpeg_bytes"]) for split in splits.values())))
     each = [split["bytes_per_frame"] for split in splits.values()]
     rows.append(("JPEG data a frame", *(f"{number / 1e3:,.1f} kB" if number else "-" for number in each)))
     return rows
@@ -258,7 +247,3 @@ def _split_rows(splits: dict[str, Any]) -> list[tuple[str, ...]]:
 def _print_reasons(reasons: dict[str, int]) -> None:
     if reasons:
         print(f"rejected: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}; see ledger.parquet")
-
-
-def _megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from infra.tracking import Tracker
-from infra.tracking_client import CLIENT_ENVIRONMENT
-from infra.ui_server import server_command
+from infra.ui_server import server_command, server_environment
 
 # For every cluster of the tests, also those that a test starts without `cluster.session`; no token gets into the user's home.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -69,11 +68,11 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = server_command(f"sqlite:///{self.database}", self._folder / "artifacts", "127.0.0.1", self.port)
-        environment = {**os.environ, **CLIENT_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command = server_command(self._folder / "artifacts", "127.0.0.1", self.port)
+        environment = server_environment(f"sqlite:///{self.database}")
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                 return

@@ -150,6 +150,31 @@ def test_the_network_is_registered_and_predicts_what_evaluate_scored(undisturbed
     assert [found[label] for label in range(8)] == pytest.approx(row["scores"], abs=1e-5)
 
 
+def test_after_backup_loss_of_everything_and_restore_nothing_runs_again(undisturbed, tmp_path):
+    workdir, first = undisturbed
+    tables = ("runs", "metrics", "params", "registered_models", "model_versions")
+    before = {table: count_rows(workdir, table) for table in tables}
+    subprocess.run([SAGSM, "store", "backup", tmp_path / "copy", "--workdir", workdir], check=True)
+    workdir.rename(tmp_path / "lost")
+    try:
+        new = tmp_path / "new place"
+        subprocess.run([SAGSM, "store", "restore", tmp_path / "copy", "--workdir", new], check=True)
+        second = sagsm("run", new)
+        assert statuses(second) == dict.fromkeys(ALL, "cached")
+        assert second["results"] == first["results"]
+        assert {table: count_rows(new, table) for table in tables} == before
+        video = next((path_of(second, "index") / "raw" / "20bn-something-something-v1").iterdir())
+        model = ["--model", "models:/sagsm-demo@newest", "--workdir", str(new)]  # from MLflow's files, which have moved
+        subprocess.run([SAGSM, "predict", *model, video], check=True)
+    finally:
+        (tmp_path / "lost").rename(workdir)
+
+
+def count_rows(workdir, table):
+    with sqlite3.connect(workdir / "mlflow.db") as database:
+        return database.execute(f"select count(*) from {table}").fetchone()
+
+
 def test_more_trials_leave_the_shards_alone(undisturbed):
     workdir, _ = undisturbed
     planned = {

@@ -185,6 +185,9 @@ def test_an_endpoint_that_is_no_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "localhost:9000")
     with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL is 'localhost:9000'; expected http://host:port"):
         Folder("s3://bucket/x").list()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://KEY:hush@localhost:9000")
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL is 'http://\*\*\*@localhost:9000'; .* in AWS_ACCESS_KEY_ID"):
+        Folder("s3://bucket/x").list()
 
 
 def test_a_linked_file_has_the_size_of_what_it_leads_to(tmp_path):

@@ -85,3 +85,17 @@ def test_changed_settings_are_the_way_from_one_to_the_other(rate, epochs, name):
 
 def test_nearest_falls_back_to_all():
     assert nearest("zzz", ["b", "a"]) == "known are: a, b"
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:hush@bucket/x", "https://host/x?X-Amz-Signature=hush", "https://me:hush@host/x"])
+def test_a_url_with_credentials_is_refused_and_not_shown(url):
+    for overrides, place in (
+        ({"name": url}, "settings: name"),
+        ({"name": ["fine", {"deep": url}]}, "settings: name"),
+        ({"train.epochs": url}, "train: epochs"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"{place} holds a URL with .*; expected SCHEME://PLACE: .* environment"
+        ) as caught:
+            apply_overrides(Everything(), overrides)
+        assert "hush" not in str(caught.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import PipelineError
+from infra.errors import ConfigError, PipelineError
 from infra.tracking import Tracker, experiment_ids, tracking_uri
 
 
@@ -193,3 +193,25 @@ def test_runs_of_a_killed_writer_are_closed_and_others_are_left_alone(tracker: T
     tracker.close_abandoned_runs()
     assert tracker._client.get_run(abandoned).info.status == "KILLED"
     assert tracker._client.get_run(mine.run_id).info.status == "RUNNING"
+
+
+def test_who_asks_goes_from_the_address_into_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hu%40sh@mlflow.example/api")
+    for _ in range(2):
+        assert tracking_uri(tmp_path) == "https://mlflow.example/api"
+        found = [os.environ[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD")]
+        assert found == ["https://mlflow.example/api", "me", "hu@sh"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:other@mlflow.example/api")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD differ") as caught:
+        tracking_uri(tmp_path)
+    assert "other" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["postgresql://me:hushhush@127.0.0.1:1/mlflow", "postgresql://me:hush/hush@127.0.0.1/mlflow"])
+def test_a_database_server_that_is_not_there_is_an_error_without_its_password(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(PipelineError, match=r"tracking at postgresql://\*\*\*@127.0.0.1.* failed") as caught:
+        Tracker(uri, "demo", tmp_path / "artifacts")
+    assert "hush" not in str(caught.value)

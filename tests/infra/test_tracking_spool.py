@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import PipelineError
-from infra.tracking_spool import AwayError, Entry, Spool, decode, encode
+from infra.tracking_spool import AwayError, Entry, Spool, decode, encode, read_left
 
 JSON = st.dictionaries(st.text(), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
 
@@ -218,3 +218,41 @@ def test_a_full_disk_is_a_clear_error_and_breaks_no_line(tmp_path: Path) -> None
     assert "free some space or choose another place with --workdir" in done.stdout
     (journal,) = journals(tmp_path)
     assert decode(journal) == ([{"n": 0}, {"n": 1}], 0)
+
+
+def test_no_secret_is_written_or_sent(
+    receiver: Receiver, make_spool: Callable[[], Spool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_TOKEN", "planted-token")
+    receiver.may_go_on.clear()
+    spool = make_spool()
+    place = spool.keep("page.html", b"<p>planted-token</p>")
+    spool.append({"error": "http://me:hush@host refused planted-token", "file": place, "bad": True})
+    written = [path.read_bytes() for path in (tmp_path / "spool").rglob("*") if path.is_file()]
+    receiver.may_go_on.set()
+    spool.flush(10)
+    spool.close(10)
+    written += [path.read_bytes() for path in (tmp_path / "spool").rglob("*") if path.is_file()]
+    assert b"http://***@host refused ***" in b"".join(written)
+    assert not [data for data in written if b"hush" in data or b"planted" in data]
+
+
+def test_what_ended_processes_have_left_is_read_and_stays(
+    receiver: Receiver, make_spool: Callable[[], Spool], tmp_path: Path
+) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from infra.tracking_spool import AwayError, Spool\n"
+        "def send(entries): raise AwayError('gone')\n"
+        "spool = Spool(Path(sys.argv[1]), send, 'it')\n"
+        "spool.append({'n': 1, 'file': spool.keep('a.txt', b'text')}); os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "spool"], check=True)
+    for _ in range(2):
+        left = read_left(tmp_path / "spool")
+        [(name, data), (file, content)] = left.items()
+        [entry], num_broken = decode(data)
+        assert (name, entry["n"], entry["file"], content, num_broken) == ("0.journal", 1, file, b"text", 0)
+    receiver.is_away = True
+    spool = make_spool()  # takes it over, and is at work
+    assert read_left(tmp_path / "spool") == {}
+    spool.close(0)

@@ -15,7 +15,7 @@ import pytest
 
 from infra.errors import PipelineError
 from infra.tracking import Tracker
-from infra.ui_server import serve_ui, server_command
+from infra.ui_server import serve_ui, server_command, server_environment
 
 
 @pytest.fixture
@@ -52,9 +52,15 @@ def test_what_cannot_be_served_is_an_error(tmp_path: Path, uri: str, host: str, 
 
 
 def test_the_server_checks_hosts_exactly(tmp_path: Path) -> None:
-    command = server_command("sqlite:////w/mlflow.db", tmp_path, "127.0.0.1", 5001)
+    command = server_command(tmp_path, "127.0.0.1", 5001)
     assert command[command.index("--allowed-hosts") + 1] == "127.0.0.1:5001,localhost:5001"
     assert command[command.index("--workers") + 1] == "1"
+
+
+def test_a_password_of_the_database_is_no_argument(tmp_path: Path) -> None:
+    uri = "postgresql://me:hush@127.0.0.1/mlflow"
+    assert server_environment(uri)["MLFLOW_BACKEND_STORE_URI"] == uri
+    assert "postgresql" not in " ".join(server_command(tmp_path, "127.0.0.1", 5001))
 
 
 def status_and_body(address: str, host: str) -> tuple[int, bytes]:
