@@ -64,7 +64,7 @@ class Table:
         summary: what the page calls it.
         columns: in order.
         rows: values by the names of columns, text or numbers; None is an empty cell.
-        num_shown: of the rows on the page.
+        num_shown: of the rows on the page; with 0 it only says where the table is.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Section:
         tables: below the clips.
         metrics: for MLflow, by names such as "insight/knn_purity".
         doubts: what not to conclude from it.
+        numbers: for the top of the page, each with what it counts.
     """
 
     title: str
@@ -97,3 +98,4 @@ class Section:
     tables: Sequence[Table] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     doubts: Sequence[str] = ()
+    numbers: Sequence[tuple[str, str]] = ()
