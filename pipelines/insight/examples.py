@@ -1,7 +1,7 @@
 """The clips on which a network was most wrong, and those of which it was least sure, from the scores that `evaluate` kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ _COLUMNS = (
     Column("key", "clip"),
     Column("true", "true class"),
     Column("answer", "answer"),
-    Column("answer_score", "its score", "percent"),
-    Column("true_score", "score of the true class", "percent"),
-    Column("second", "second answer"),
-    Column("margin", "ahead of it", "percent"),
-    Column("entropy", "entropy, nats", "number"),
+    Column("answer_score", "score", "percent"),
+    Column("true_score", "true score", "percent"),
+    Column("second", "second"),
+    Column("margin", "ahead", "percent"),
+    Column("entropy", "entropy", "number"),
 )
 
 
@@ -90,8 +90,11 @@ def examples_sections(subject: Subject) -> list[Section]:
     narrow = (
         f"In {num_narrow:,} of {len(judged):,} clips the answer is less than {100 * _NARROW:.0f} points ahead of the next one."
     )
+    most_wrong_section = _section(
+        subject, "most_wrong", "Most wrong", sentence, "The wrong answers that the network was surest of.", wrong
+    )
     return [
-        _section(subject, "most_wrong", "Most wrong", sentence, "The wrong answers that the network was surest of.", wrong),
+        replace(most_wrong_section, numbers=[(f"{len(wrong):,} of {len(judged):,}", "answers wrong")]),
         _section(
             subject,
             "most_unsure",
@@ -129,7 +132,7 @@ def _section(subject: Subject, name: str, title: str, sentence: str, text: str, 
     path = draw_contact_sheet(subject.figures / f"{name}.png", rows_of_frames)
     sheet = Picture(path, f"contact_sheet/{name}", "; ".join(clip.title for clip in clips), on_page=False)
     rows = [_row(names, rank, clip) for rank, clip in enumerate(ranked, start=1)]
-    table = Table(name, f"{len(rows):,} clips, the {title.lower()} first", _COLUMNS, rows)
+    table = Table(name, f"{len(rows):,} clips, the {title.lower()} first", _COLUMNS, rows, num_shown=50)
     return Section(title, sentence, text, [sheet], clips, [table])
 
 

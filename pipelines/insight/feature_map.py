@@ -102,7 +102,6 @@ def map_section(subject: Subject, features: ClipFeatures) -> Section:
     if places is not None:
         path = draw_map(subject.figures / "map.png", places, labels, names)
         pictures.append(Picture(path, "features/map", _alt(labels, names, purity), _CAPTION))
-    num_all = sum(label in subject.classes for label in subject.split.labels)
     return Section(
         title="What looks alike to the network",
         sentence=_sentence(purity, len(labels), len(np.unique(labels))),
@@ -113,7 +112,8 @@ def map_section(subject: Subject, features: ClipFeatures) -> Section:
         pictures=pictures,
         tables=[_class_table(purity, labels, names), _clip_table(features, purity, places, names)],
         metrics={} if purity is None else {"insight/purity": purity.mean, "insight/purity_chance": purity.chance},
-        doubts=_doubts(purity, labels, num_all, has_map=places is not None),
+        doubts=_doubts(purity, labels, len(subject.candidates), has_map=places is not None),
+        numbers=[] if purity is None else _numbers(purity),
     )
 
 
@@ -127,11 +127,19 @@ def _sentence(purity: Purity | None, num_clips: int, num_classes: int) -> str:
     if purity is None:
         what = "1 clip" if num_clips == 1 else f"{num_clips:,} clips of one class"
         return f"{what}: no neighbours of other classes, so nothing to tell apart."
-    nearest = "clip" if purity.num_neighbours == 1 else f"{purity.num_neighbours} clips"
     return (
-        f"Of the {nearest} nearest in feature space {percent(purity.mean)} are of the same class; by chance it would be "
-        f"{percent(purity.chance)} ({num_clips:,} clips, {num_classes:,} classes)."
+        f"Of the {_count(purity)}clips nearest in feature space {percent(purity.mean)} are of the same class; by chance it "
+        f"would be {percent(purity.chance)} ({num_clips:,} clips, {num_classes:,} classes)."
     )
+
+
+def _count(purity: Purity) -> str:
+    return "" if purity.num_neighbours == 1 else f"{purity.num_neighbours} "
+
+
+def _numbers(purity: Purity) -> list[tuple[str, str]]:
+    same = (percent(purity.mean), f"of the {_count(purity)}nearest clips are of the same class")
+    return [same, (percent(purity.chance), "would be by chance")]
 
 
 def _alt(labels: Labels, names: list[str], purity: Purity | None) -> str:
@@ -151,12 +159,15 @@ def _class_table(purity: Purity | None, labels: Labels, names: list[str]) -> Tab
         own = labels == label
         share = None if purity is None else float(purity.shares[own].mean())
         chance = None if purity is None else float((own.sum() - 1) / (len(labels) - 1))
-        rows.append({"class": names[label], "num_clips": int(own.sum()), "purity": share, "chance": chance})
+        rows.append(
+            {"number": int(label), "class": names[label], "num_clips": int(own.sum()), "purity": share, "chance": chance}
+        )
     rows.sort(key=lambda row: (row["purity"] or 0.0, row["class"]))
     columns = (
+        Column("number", "on the map", "count"),
         Column("class", "class"),
         Column("num_clips", "clips", "count"),
-        Column("purity", "neighbours of the class", "percent"),
+        Column("purity", "alike", "percent"),
         Column("chance", "by chance", "percent"),
     )
     return Table("purity", f"{len(rows):,} classes, the least pure first", columns, rows)
@@ -182,7 +193,7 @@ def _clip_table(
         Column("x", "x on the map", "number"),
         Column("y", "y", "number"),
     )
-    return Table("map", f"{len(rows):,} clips", columns, rows, num_shown=0)
+    return Table("map", f"All {len(rows):,} clips with their places", columns, rows, num_shown=0)
 
 
 def _doubts(purity: Purity | None, labels: Labels, num_all: int, *, has_map: bool) -> list[str]:

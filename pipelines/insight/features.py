@@ -130,10 +130,9 @@ def embed_on_cluster(subject: Subject) -> ClipFeatures:
 
 
 def _require_finite(found: ClipFeatures) -> None:
-    bad = ~np.isfinite(found.vectors).all(axis=1)
-    if bad.any():
-        first = found.keys[int(bad.argmax())]
+    bad = np.flatnonzero(~np.isfinite(found.vectors).all(axis=1))
+    if len(bad):
         raise PipelineError(
-            f"the features of {int(bad.sum())} of {len(bad)} clips, the first is {first}, are not finite; expected numbers; "
-            "the training has diverged: train again with a smaller train.learning_rate"
+            f"the features of {len(bad)} of {len(found.keys)} clips, the first is {found.keys[int(bad[0])]}, are not finite; "
+            "expected numbers; the training has diverged: train again with a smaller train.learning_rate"
         )

@@ -48,8 +48,8 @@ def draw_map(path: Path, places: Places, labels: npt.NDArray[np.int64], names: S
         style["markersize"] = dot * (_STAR_SIZE if style["marker"] == "*" else 1)
         axes.plot(*places[labels == label].T, **style, markeredgecolor="white", markeredgewidth=0.5)
     _frame(axes, places)
-    for label, place in _number_places(places, labels).items():
-        text = axes.text(*place, str(label), ha="center", va="center", fontsize=8 if is_crowded else 11, color=_INK)
+    for label, (x, y) in _number_places(places, labels).items():
+        text = axes.text(x, y, str(label), ha="center", va="center", fontsize=8 if is_crowded else 11, color=_INK)
         text.set(fontweight="bold", path_effects=[withStroke(linewidth=2.5, foreground="white")], in_layout=False)
     _draw_legend(figure, present, names, columns, size, characters)
     return save_figure(figure, path)
@@ -63,8 +63,9 @@ def _frame(axes: Axes, places: Places) -> None:
     """All clips with a margin, as wide for its height as the map; its axes have no units, so that no scale is shown."""
     low, high = places.min(axis=0), places.max(axis=0)
     half = 0.53 * max(((high - low) / _MAP_SHAPE).max(), 1e-6)
-    for set_limits, middle, inches in zip((axes.set_xlim, axes.set_ylim), (low + high) / 2, _MAP_SHAPE, strict=True):
-        set_limits(middle - half * inches, middle + half * inches)
+    (x, y), (width, height) = (low + high) / 2, _MAP_SHAPE
+    axes.set_xlim(x - half * width, x + half * width)
+    axes.set_ylim(y - half * height, y + half * height)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_color(_LINE)

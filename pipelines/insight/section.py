@@ -81,7 +81,7 @@ class Table:
         summary: what the page calls it.
         columns: in order.
         rows: values by the names of columns, text or numbers; None is an empty cell.
-        num_shown: of the rows on the page.
+        num_shown: of the rows on the page; with 0 it only says where the table is.
     """
 
     name: str
@@ -104,7 +104,11 @@ class Section:
         tables: below the clips.
         metrics: for MLflow, by names such as "insight/knn_purity".
         doubts: what not to conclude from it.
+<<<<<<< HEAD
         films: below the pictures.
+=======
+        numbers: for the top of the page, each with what it counts.
+>>>>>>> wB
     """
 
     title: str
@@ -115,4 +119,8 @@ class Section:
     tables: Sequence[Table] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     doubts: Sequence[str] = ()
+<<<<<<< HEAD
     films: Sequence[Film] = ()
+=======
+    numbers: Sequence[tuple[str, str]] = ()
+>>>>>>> wB

@@ -83,8 +83,8 @@ class Subject:
         return [label for label, name in enumerate(names) if name in wanted]
 
     @cached_property
-    def rows(self) -> list[int]:
-        """Rows of the split: the labelled clips of `classes`, or `max_clips` of them, evenly spread.
+    def candidates(self) -> npt.NDArray[np.int64]:
+        """Rows of the split: all clips of `classes`.
 
         Raises:
             DataError: if there is none.
@@ -95,7 +95,16 @@ class Subject:
                 f"split {self.split.split} of {self.shards_place} has no clip of the classes that insight.classes names; "
                 "choose others, or none for all"
             )
+<<<<<<< HEAD
         return [int(row) for row in wanted[spread_places(len(wanted), self.settings.max_clips)]]
+=======
+        return wanted
+
+    @property
+    def rows(self) -> list[int]:
+        """Those of the `candidates` that are looked at: `max_clips` of them, evenly spread, or all."""
+        return [int(row) for row in self.candidates[_spread(len(self.candidates), self.settings.max_clips)]]
+>>>>>>> wB
 
 
 def take_rows(split: ShardSplit, rows: Sequence[int]) -> ShardSplit:

@@ -27,6 +27,7 @@ def write_insight(output_dir: Path, title: str, sections: Sequence[Section]) -> 
     values = {
         "title": title,
         "sections": sections,
+        "numbers": [number for section in sections for number in section.numbers],
         "doubts": [doubt for section in sections for doubt in section.doubts],
         "data_uri": data_uri,
         "picture_uri": picture_uri,
