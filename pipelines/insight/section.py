@@ -104,11 +104,8 @@ class Section:
         tables: below the clips.
         metrics: for MLflow, by names such as "insight/knn_purity".
         doubts: what not to conclude from it.
-<<<<<<< HEAD
         films: below the pictures.
-=======
         numbers: for the top of the page, each with what it counts.
->>>>>>> wB
     """
 
     title: str
@@ -119,8 +116,5 @@ class Section:
     tables: Sequence[Table] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     doubts: Sequence[str] = ()
-<<<<<<< HEAD
     films: Sequence[Film] = ()
-=======
     numbers: Sequence[tuple[str, str]] = ()
->>>>>>> wB

@@ -95,16 +95,12 @@ class Subject:
                 f"split {self.split.split} of {self.shards_place} has no clip of the classes that insight.classes names; "
                 "choose others, or none for all"
             )
-<<<<<<< HEAD
-        return [int(row) for row in wanted[spread_places(len(wanted), self.settings.max_clips)]]
-=======
         return wanted
 
     @property
     def rows(self) -> list[int]:
         """Those of the `candidates` that are looked at: `max_clips` of them, evenly spread, or all."""
-        return [int(row) for row in self.candidates[_spread(len(self.candidates), self.settings.max_clips)]]
->>>>>>> wB
+        return [int(row) for row in self.candidates[spread_places(len(self.candidates), self.settings.max_clips)]]
 
 
 def take_rows(split: ShardSplit, rows: Sequence[int]) -> ShardSplit:
