@@ -16,8 +16,12 @@ _MASK = "***"
 _SECRET_NAMES = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|API_KEY", re.IGNORECASE)
 _NAMES_OF_PLACES = ("_FILE", "_PATH", "_DIR")  # AWS_WEB_IDENTITY_TOKEN_FILE says where a secret is
 _SHORTEST = 8  # of a value that is looked for; a shorter one may be a word that stands anywhere, such as "true"
-# `user:password@` after `://`. A key of S3 may hold slashes, a bucket no colon.
-_USERINFO = re.compile(r"""(?<=://)[^\s/?#'"<>]*@|(?<=s3://)[^\s/@'"<>]*:[^\s@'"<>]*@|(?<=gs://)[^\s/@'"<>]*:[^\s@'"<>]*@""")
+# `user:password@` after `://`; where a password holds a slash, what follows the colon is no port. A bucket has no port at all.
+_USERINFO = re.compile(
+    r"""(?<=://)[^\s/?#'"<>]*@"""
+    r"""|(?<=://)[^\s/:@?#'"<>]*:(?!\d+[/?#])[^\s@'"<>]*@"""
+    r"""|(?:(?<=s3://)|(?<=gs://))[^\s/:@'"<>]*:[^\s@'"<>]*@"""
+)
 _QUERY_SECRET = re.compile(
     r"""([?&](?:x-amz-[\w-]+|sig|[\w.-]*(?:signature|token|secret|passw(?:or)?d|access_?key(?:_?id)?|api_?key|credential)[\w.-]*)=)"""
     r"""[^\s&'"<>#]+""",

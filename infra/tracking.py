@@ -22,8 +22,16 @@ from infra.tracking_run import NOTE_CHARACTERS, RunStatus, TrackedRun, now
 from infra.tracking_spool import Spool, decode, has_entries
 
 __all__ = [
-    *("RunStatus", "TrackedRun", "Tracker"),
-    *("download_model", "embedded_uri", "experiment_ids", "is_all_sent", "spool_folder", "tracking_uri", "unsent_files"),
+    "RunStatus",
+    "TrackedRun",
+    "Tracker",
+    "download_model",
+    "embedded_uri",
+    "experiment_ids",
+    "is_all_sent",
+    "spool_folder",
+    "tracking_uri",
+    "unsent_files",
 ]
 
 _WRITER = "writer"

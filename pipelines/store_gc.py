@@ -212,7 +212,8 @@ def _delete(path: Path) -> None:
         return
     for name in (MANIFEST, RUN_FILE):
         (path / name).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    with suppress(FileNotFoundError):  # another gc is at it
+        shutil.rmtree(path)
 
 
 def _delete_elsewhere(folder: Folder) -> None:
