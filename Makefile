@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench format clean
+.PHONY: help setup packages demo test test-slow check bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 setup: $(STAMP)  ## install the project and its tools into .venv
+
+packages:  ## install the Debian packages that some tests need (as root); those in .ci/packages.txt
+	@.ci/packages
 
 demo: $(STAMP)  ## the whole pipeline on generated videos: shards, search, training, report, MLflow
 	$(BIN)/sagsm run demo

@@ -1,5 +1,6 @@
-"""A tiny shard set of real frames; a store with finished evaluations, made in milliseconds: no network was trained; and five
-videos of different formats with the shard set made of them and a small network, as files; and a judged network to explain.
+"""A tiny shard set of real frames and an untrained network of it; a store with finished evaluations, made in milliseconds: no
+network was trained; five videos of different formats with the shard set made of them and a small network, as files; and a
+judged network to explain.
 """
 
 import json
@@ -116,6 +117,20 @@ def shards_dir(tmp_path_factory):
         write_shard(shard_plan, FolderSource(root), output_dir, settings)
     finish_shard_set(output_dir, index, plans, settings, "something_v1")
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def model_dir(shards_dir, tmp_path_factory):
+    """A network that was not trained, but answers differently for each clip of `shards_dir`; not to be changed."""
+    folder = tmp_path_factory.mktemp("untrained")
+    train = TrainSettings(pixels=32, num_segments=2, seed=3, precision="fp32")
+    job = TrainJob("test", str(shards_dir), ModelSettings(name="sa_gsm_resnet18"), train)
+    torch.manual_seed(1)
+    network = build_model(job.model, num_classes=2, num_segments=train.num_segments)
+    torch.nn.init.normal_(network.new_fc.weight, std=0.3)
+    save_file(network.state_dict(), folder / "weights.safetensors")
+    save_model(folder / "model", job, folder / "weights.safetensors")
+    return folder / "model"
 
 
 CODECS = {"mp4": "libx264", "webm": "libvpx", "avi": "mpeg4", "mov": "mjpeg"}

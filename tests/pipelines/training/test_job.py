@@ -11,7 +11,7 @@ from infra.storage import sha256_file
 from pipelines.evaluation.evaluate import EvaluateSettings, join_scores
 from pipelines.evaluation.scores import read_scores
 from pipelines.training.job import TrainJob, keep_scores, load_model, save_model, score_model, score_part, train_job
-from pipelines.training.settings import ModelSettings, TrainSettings, build_model
+from pipelines.training.settings import ModelSettings, TrainSettings
 from pipelines.training.trial import trial_job
 from preprocessing.clip_ledger import ClipLedger
 from preprocessing.loader import make_loader
@@ -83,19 +83,6 @@ def test_sampling_and_augmentation_reach_the_clips_that_are_trained_on(shards_di
         assert changed_train != train, changes
         assert same_val == pytest.approx(val, abs=1e-9), changes
     assert losses(sampling="dense", stride=1)[1] != pytest.approx(val, abs=1e-9)
-
-
-@pytest.fixture(scope="module")
-def model_dir(shards_dir, tmp_path_factory):
-    """A network that was not trained, but answers differently for each clip; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    job = job_of(shards_dir, seed=3, precision="fp32")
-    torch.manual_seed(1)
-    model = build_model(job.model, num_classes=2, num_segments=2)
-    torch.nn.init.normal_(model.new_fc.weight, std=0.3)
-    save_file(model.state_dict(), folder / "weights.safetensors")
-    save_model(folder / "model", job, folder / "weights.safetensors")
-    return folder / "model"
 
 
 def same(scores, others):

@@ -2,16 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from infra import cluster
 from infra.errors import DataError
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.scores import read_scores
-from pipelines.training.job import TrainJob, save_model
 from pipelines.training.scoring import Workers, plan_workers, score_on_cluster
-from pipelines.training.settings import ModelSettings, TrainSettings, build_model
 from preprocessing.reader import open_shards
 
 
@@ -43,19 +39,6 @@ def four_cpus():
     ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-@pytest.fixture
-def model_dir(shards_dir, tmp_path):
-    job = TrainJob(
-        "test", str(shards_dir), ModelSettings(name="sa_gsm_resnet18"), TrainSettings(pixels=32, num_segments=2, epochs=20)
-    )
-    torch.manual_seed(1)
-    model = build_model(job.model, num_classes=2, num_segments=2)
-    torch.nn.init.normal_(model.new_fc.weight, std=0.3)
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    save_model(tmp_path / "model", job, tmp_path / "weights.safetensors")
-    return tmp_path / "model"
 
 
 @pytest.mark.slow
