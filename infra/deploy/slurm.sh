@@ -13,7 +13,7 @@
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=sagsm-%j.log
 set -euo pipefail
@@ -44,14 +44,16 @@ export RAY_TMPDIR=/tmp/ray-$SLURM_JOB_ID          # on the node's own disk, and 
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$head:$((20000 + SLURM_JOB_ID % 10000))
 
-# Slurm's warning reaches this shell only. It ends the job in good order and asks for another turn.
+# Slurm's warning before the time limit reaches this shell only. It ends the job in good order and asks for another turn; what
+# ends it otherwise (scancel, preemption) is a TERM, after which Slurm itself knows whether to queue it again.
 requeue() {
-    echo "Slurm ends this job; it is queued again" >&2
+    echo "the time is over; the job is queued again" >&2
     kill -TERM "$step" 2> /dev/null || true
     wait "$step" || true
     scontrol requeue "$SLURM_JOB_ID"
 }
-trap requeue TERM
+trap requeue USR1
+trap 'exit 143' TERM
 
 # Starts Ray on every node, runs the command on the first, and stops Ray.
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \

@@ -25,7 +25,7 @@ DIRECTIVES = {
     "mem": r"0|\d+G",
     "time": r"(\d+-)?\d\d:\d\d:\d\d",
     "requeue": "",
-    "signal": r"B:TERM@\d+",  # B: the script's shell alone, which then ends the step in good order
+    "signal": r"B:USR1@\d+",  # B: the script's shell alone, which then ends the step in good order
     "open-mode": "append",
     "output": r"\S+",
 }
@@ -148,7 +148,9 @@ def test_the_script_is_right(tmp_path):
     assert os.access(ROOT / "infra" / "deploy" / "slurm.sh", os.X_OK)
 
 
-def test_slurms_warning_ends_the_step_and_queues_the_job_again(tmp_path):
+@pytest.fixture
+def waiting(tmp_path) -> tuple[Job, subprocess.Popen[str]]:
+    """A job whose step goes on until it is ended."""
     job = Job(TEXT, tmp_path / "job")
     (job.log / "wait").touch()
     process = job.start(*ARGUMENTS)
@@ -158,12 +160,27 @@ def test_slurms_warning_ends_the_step_and_queues_the_job_again(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert [stat.S_IMODE((job.checkout / name).stat().st_mode) for name in job.tokens()] == [0o600]
-    os.kill(process.pid, signal.SIGTERM)
+    return job, process
+
+
+def test_slurms_warning_ends_the_step_and_queues_the_job_again(waiting):
+    job, process = waiting
+    os.kill(process.pid, signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
     assert "queued again" in output
     assert (job.log / "signal").read_text() == "TERM\n"
     assert (job.log / "scontrol").read_text() == "requeue 123456\n"
     assert process.returncode != 0
+    assert job.tokens() == []
+
+
+def test_a_job_that_is_cancelled_is_not_queued_again(waiting):
+    """Slurm sends TERM to the shell and to the step."""
+    job, process = waiting
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not (job.log / "scontrol").exists()
     assert job.tokens() == []
 
 
@@ -189,7 +206,7 @@ MISTAKES = [
     ("#SBATCH --ntasks-per-node=1", "#SBATCH --ntasks-per-node=16", "ntasks-per-node=16"),
     ("#SBATCH --exclusive\n", "", "--exclusive is missing"),
     ("#SBATCH --requeue\n", "", "--requeue is missing"),
-    ("#SBATCH --signal=B:TERM@120", "#SBATCH --signal=TERM@120", "TERM@120"),
+    ("#SBATCH --signal=B:USR1@120", "#SBATCH --signal=USR1@120", "USR1@120"),
     ("#SBATCH --time=24:00:00", "#SBATCH --time=24", "--time=24"),
     ("#SBATCH --job-name=sagsm\n", "umask 022\n#SBATCH --job-name=sagsm\n", "no directive after the first command"),
     ("set -euo pipefail\n", "", "does not end the script"),
