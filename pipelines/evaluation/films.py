@@ -34,6 +34,8 @@ _HALF_HEAT = 0.25
 _TICKS = (0.0, 0.1, 0.25, 1.0)
 _WIDE_BLOCK, _NARROW_BLOCK = 720, 480
 _MOST_COLUMNS = 4
+_MOST_SLOTS = 11
+"""With the clip itself three rows; all of BN-Inception's and ResNet-18's fit."""
 _MARGIN, _GAP = 12, 8
 _HEAD, _CAPTION, _FOOT = 72, 32, 60
 _LEGEND_WIDTH = 240
@@ -88,7 +90,8 @@ def require_film_name(path: Path) -> None:
         ConfigError: naming the kinds.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{path} ends in {path.suffix or 'no suffix'!r}; a film is written as {' or '.join(SUFFIXES)}")
+        found = f"the suffix {path.suffix}" if path.suffix else "no suffix"
+        raise ConfigError(f"{path} has {found}; a film is written as {' or '.join(SUFFIXES)}")
 
 
 def save_film(path: Path, clips: Sequence[FilmClip]) -> Path:
@@ -115,11 +118,15 @@ def save_film(path: Path, clips: Sequence[FilmClip]) -> Path:
 def draw_film(clips: Sequence[FilmClip]) -> npt.NDArray[np.uint8]:
     """The frames of a film: uint8 RGB [T, height, width, 3], height and width even.
 
+    Of more than 11 slots the strongest are shown.
+
     Args:
         clips: at least one, all of T frames and with attention in the same slots.
     """
+    strengths = sorted((-abs(slot.gamma), place) for place, slot in enumerate(clips[0].slots))
+    places = sorted(place for _, place in strengths[:_MOST_SLOTS])
     block_width = _WIDE_BLOCK if len(clips) == 1 else _NARROW_BLOCK
-    blocks = [_draw_block(clip, block_width) for clip in clips]
+    blocks = [_draw_block(clip, [clip.slots[place] for place in places], block_width) for clip in clips]
     num_frames, height = blocks[0].shape[0], max(block.shape[1] for block in blocks)
     film = np.full((num_frames, height + _FOOT, block_width * len(clips), 3), 255, np.uint8)
     for place, block in enumerate(blocks):
@@ -136,10 +143,10 @@ def weight_heat(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return weight / (weight + np.float32(_HALF_HEAT))
 
 
-def _draw_block(clip: FilmClip, width: int) -> npt.NDArray[np.uint8]:
-    """One clip in all frames: the answer, the clip, and the clip under each slot's attention. Shape: [T, height, width, 3]."""
+def _draw_block(clip: FilmClip, slots: Sequence[SlotFilm], width: int) -> npt.NDArray[np.uint8]:
+    """One clip in all frames: the answer, the clip, and the clip under the attention of slots. Shape: [T, height, width, 3]."""
     panels = [("the clip", "", clip.frames)]
-    for slot in clip.slots:
+    for slot in slots:
         heat = enlarge(weight_heat(slot.weight), *clip.frames.shape[:3])
         panels.append((slot.name, f"gamma {slot.gamma:+.3g}", overlay(clip.frames, heat)))
     columns = min(len(panels), _MOST_COLUMNS)
@@ -188,6 +195,8 @@ def _draw_foot(clips: Sequence[FilmClip], width: int) -> npt.NDArray[np.uint8]:
     meaning = "|gamma| x attention that a place gets; 1 is even attention at gamma 1"
     if all(slot.gamma == 0 for clip in clips for slot in clip.slots):
         meaning = "every gamma is 0: attention adds nothing, so nothing is covered"
+    if len(clips[0].slots) > _MOST_SLOTS:
+        meaning += f"; the strongest {_MOST_SLOTS} of {len(clips[0].slots)}"
     draw.text((_MARGIN, 40), meaning, fill=_SOFT, font=_font(12))
     return np.asarray(page)
 

@@ -26,7 +26,7 @@ def enlarge(heat: Heat, num_frames: int, height: int, width: int) -> Heat:
     Returns:
         Numbers between the least and the greatest of `heat`. Shape: [num_frames, height, width].
     """
-    map_11THW = torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None, None]
+    map_11THW = torch.tensor(heat, dtype=torch.float32)[None, None]
     enlarged = functional.interpolate(map_11THW, (num_frames, height, width), mode="trilinear", align_corners=False)
     result: Heat = enlarged[0, 0].numpy()
     return result

@@ -113,8 +113,10 @@ def test_mlflow_holds_the_tree_of_runs(undisturbed):
 
 def test_the_network_is_explained_with_pictures(undisturbed):
     workdir, document = undisturbed
-    folder, pictures = path_of(document, "insight"), ["map", "most_unsure", "most_wrong"]
-    assert [path.stem for path in sorted((folder / "figures").iterdir())] == pictures
+    folder, pictures = path_of(document, "insight"), {"map", "most_unsure", "most_wrong", "gates", "grad_cam"}
+    # Films as well, if the search has chosen a network with attention.
+    films = {path.stem for path in (folder / "figures").glob("attention_*.gif")}
+    assert {path.stem for path in (folder / "figures").iterdir()} == pictures | films
     page = (folder / "index.html").read_text()
     assert "nearest in feature space" in page
     assert "24 validation clips" in page
@@ -122,8 +124,12 @@ def test_the_network_is_explained_with_pictures(undisturbed):
     made_by = {stage["name"]: stage["mlflow_run_id"] for stage in document["stages"]}
     kept = workdir / "mlflow-artifacts" / made_by["insight"] / "artifacts"
     tiles = {path.name.partition("+")[0] for path in (kept / "images").iterdir()}
-    assert tiles == {"features~map", "contact_sheet~most_unsure", "contact_sheet~most_wrong"}
-    assert sorted(path.stem for path in (kept / "tables").iterdir()) == ["map", "most_unsure", "most_wrong", "purity"]
+    assert tiles == {
+        *("features~map", "contact_sheet~most_unsure", "contact_sheet~most_wrong"),
+        *("gates~activity", "grad_cam~pairs"),
+    }
+    tables = {"map", "most_unsure", "most_wrong", "purity", "gates"} | ({"attention"} if films else set())
+    assert {path.stem for path in (kept / "tables").iterdir()} == tables
     assert (workdir / "mlflow-artifacts" / made_by["report"] / "artifacts" / "insight" / "index.html").read_text() == page
     with sqlite3.connect(workdir / "mlflow.db") as database:
         query = "select value from tags where key = 'mlflow.note.content' and run_uuid = ?"

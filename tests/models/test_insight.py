@@ -95,6 +95,15 @@ def test_gamma_zero_weighs_nothing_and_what_is_switched_off_has_no_map(clips):
     assert torch.equal(logits, model(clips))
 
 
+def test_under_autocast_shares_are_float32_and_logits_those_of_the_network(clips):
+    model = opened(placement="5b", scope="joint")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, (found,) = attention_maps(model, clips)
+        assert torch.equal(logits, model(clips))
+    assert found.received.dtype == torch.float32
+    torch.testing.assert_close(found.received.sum(dim=(1, 2, 3)), torch.ones(2))
+
+
 def test_gates_open_as_far_as_their_tanh_says(clips):
     model = opened()
     nn.init.zeros_(slot_gates(model)["4b"].conv3D.weight)

@@ -58,6 +58,14 @@ def test_gamma_zero_shows_the_clip_uncovered_and_a_spot_is_where_the_attention_i
         assert 0 < changed.mean() < 0.5
 
 
+def test_of_many_slots_the_strongest_are_shown():
+    weak = [(f"layer{number}", 0.0, weight_with_a_spot(0.0)) for number in range(30)]
+    strong = ("mixed_10", -0.5, weight_with_a_spot(0.5))
+    crowded = draw_film([clip(*weak[:20], strong, *weak[20:])])
+    assert crowded.shape == draw_film([clip(*weak[:10], strong)]).shape
+    assert np.array_equal(crowded[:, 72:600], draw_film([clip(*weak[:10], strong)])[:, 72:600])
+
+
 def test_heat_has_one_scale_for_all_films():
     """Nothing is made brighter because there is nothing brighter beside it."""
     faint = ("3a", 0.001, np.full((NUM_SEGMENTS, 4, 4), 0.001, np.float32))
@@ -119,7 +127,7 @@ def test_a_film_is_read_back_as_gif(pair, tmp_path):
 
 
 def test_another_kind_of_film_is_refused_and_nothing_half_written_stays(pair, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"x.webm ends in '.webm'; a film is written as .mp4 or .gif"):
+    with pytest.raises(ConfigError, match=r"x.webm has the suffix .webm; a film is written as .mp4 or .gif"):
         save_film(tmp_path / "x.webm", pair)
     monkeypatch.setattr("preprocessing.encode.ffmpeg_path", lambda: "/bin/false")
     with pytest.raises(Exception, match="could not encode"):

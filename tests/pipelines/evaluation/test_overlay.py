@@ -27,6 +27,7 @@ def test_more_heat_covers_more_and_what_is_beyond_1_no_more_than_1():
 def test_a_map_is_enlarged_within_its_bounds_and_its_bright_place_stays(shape):
     heat = RNG.random(shape).astype(np.float32)
     heat[-1, 0, 1] = 2.0
+    heat.setflags(write=False)  # as what comes from Ray
     large = enlarge(heat, 6, 40, 60)
     assert large.shape == (6, 40, 60)
     assert heat.min() <= large.min() <= large.max() <= heat.max() + 1e-6
