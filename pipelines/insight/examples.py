@@ -12,7 +12,6 @@ from pipelines.evaluation.scores import ClipScores
 from pipelines.insight.section import Column, Picture, Section, ShownClip, Table
 from pipelines.insight.subject import Subject
 from pipelines.reports.page import percent
-from preprocessing.reader import FrameReader
 from preprocessing.segments import segment_indices
 
 _NARROW = 0.1
@@ -162,4 +161,4 @@ def _frames(subject: Subject, key: str) -> list[npt.NDArray[np.uint8]]:
     """The centre frame of each segment, uncropped; of more than eight segments, of eight."""
     video = subject.split.video(subject.row_of[key])
     frame_indices = segment_indices(len(video.frame_sizes), min(_MAX_FRAMES, subject.num_segments))
-    return FrameReader(subject.split).read_frames(video, frame_indices.tolist())
+    return subject.reader.read_frames(video, frame_indices.tolist())

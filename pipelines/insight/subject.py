@@ -15,7 +15,7 @@ from infra.settings import nearest
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.scores import ClipScores
 from pipelines.insight.settings import InsightSettings
-from preprocessing.reader import ShardSplit, open_shards
+from preprocessing.reader import FrameReader, ShardSplit, open_shards
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Subject:
     def split(self) -> ShardSplit:
         """The split that it was judged on."""
         return open_shards(self.shards_place, self.judged.split)
+
+    @cached_property
+    def reader(self) -> FrameReader:
+        """Of the frames of that split."""
+        return FrameReader(self.split)
 
     @cached_property
     def row_of(self) -> dict[str, int]:

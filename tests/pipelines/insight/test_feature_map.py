@@ -99,6 +99,7 @@ def test_the_section_has_the_number_the_map_and_the_tables(make_subject: Callabl
         "47.8 % (24 clips, 2 classes)."
     )
     assert section.metrics == {"insight/purity": purity.mean, "insight/purity_chance": pytest.approx(11 / 23)}
+    assert [number for number, _ in section.numbers] == [f"{100 * purity.mean:.1f} %", "47.8 %"]
     assert not section.doubts
     (picture,) = section.pictures
     assert picture.path.is_file()

@@ -30,7 +30,11 @@ def sections(tmp_path: Path, hostile_names: list[str]) -> list[Section]:
             "Alike",
             f"Half of {hostile_names[0]} are alike.",
             pictures=pictures,
-            tables=[Table("classes", "all classes", columns, rows, num_shown=3)],
+            tables=[
+                Table("classes", "all classes", columns, rows, num_shown=3),
+                Table("clips", "where each clip lies", (Column("x", "x", "number"),), [{"x": 0.12345}], num_shown=0),
+            ],
+            numbers=[("12 of 34", "answers")],
             doubts=["Only one seed."],
         ),
         Section("Looks", "It looks.", films=[film]),
@@ -47,6 +51,7 @@ def test_the_page_opens_with_the_answer_and_holds_all_that_it_shows(
     text = " ".join(" ".join(page.text).split())
     parts = [
         sections[0].sentence,
+        "12 of 34",
         "What to distrust",
         "Only one seed.",
         "Alike",
@@ -59,6 +64,8 @@ def test_the_page_opens_with_the_answer_and_holds_all_that_it_shows(
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert "all classes; here 3, all in tables/classes.csv" in text
+    assert "where each clip lies: tables/clips.csv" in text
+    assert "0.12345" in (tmp_path / "tables" / "clips.csv").read_text()
     assert hostile_names[4] not in text  # a row beyond the three that are shown
     assert page.tags.count("img") == 1 + 1 + 4
     assert 'alt="frame 2 of 4' in path.read_text()
