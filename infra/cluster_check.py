@@ -172,6 +172,7 @@ def _probes() -> Iterator[list[_Probe]]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    nodes.sort(key=lambda node: (node["NodeName"], node["NodeID"]))
     ray.cloudpickle.register_pickle_by_value(cluster_probe)  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     try:
         actor: Any = ray.remote(num_cpus=0)(cluster_probe.Probe)
