@@ -1,14 +1,18 @@
 """README and program say the same."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "infra" / "README.md").read_text()
+DEPLOY = "\n".join(path.read_text() for path in sorted((ROOT / "infra" / "deploy").rglob("*")) if path.is_file())
 SAGSM = Path(sys.executable).with_name("sagsm")
 
 
@@ -44,3 +48,50 @@ def test_files_named_in_the_readme_exist():
     named = re.findall(r"`((?:pipelines|preprocessing|models|tuning|infra)/[\w/.]+\.(?:py|md))`", README)
     assert len(named) >= 6
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def commands(text: str) -> list[list[str]]:
+    """Each `sagsm ...` in backticks, an indented block or a deploy file, as words, to the end of its quotes or line."""
+    joined = re.sub(r"\\\n *|(?<=\S)\n +(?=--(?:set|workdir|address) )", " ", text)
+    found = []
+    for line in joined.splitlines():
+        for match in re.finditer(r"(?<!\w )(?<![\w./-])(?:\.venv/bin/)?(sagsm (?!&)[a-z].*)", line):
+            before, command = line[: match.start()], match[1]
+            quotes = [quote for quote in "`'" if before.count(quote) % 2]
+            if not quotes and not re.match(r" {4}|# {3}", line):
+                continue  # prose
+            for quote in quotes:
+                command = command.split(quote)[0].removesuffix("\\")  # a backtick that a shell script escapes
+            words = shlex.split(command, comments=True)
+            if len(words) > 2 or not quotes:  # `sagsm run` alone is a name, no command
+                found.append(words[1:])
+    return found
+
+
+def test_every_command_that_the_docs_show_is_one(tmp_path, monkeypatch):
+    from infra.settings import parse_assignments
+    from pipelines.cli import app
+    from pipelines.comparison import Comparison
+    from pipelines.experiments import find_experiment
+    from pipelines.presets import apply_preset
+
+    shown = commands(README) + commands(GUIDE) + commands(DEPLOY)
+    assert len(shown) > 30
+    assert ["run", "demo", "--address", "auto", "--workdir", "/work"] in shown
+    for words in shown:
+        command, arguments = typer.main.get_command(app), words
+        context = command.make_context("sagsm", list(arguments))
+        try:
+            while isinstance(command, typer.core.TyperGroup):
+                name, command, arguments = command.resolve_command(context, arguments)
+                context = command.make_context(name, list(arguments), parent=context)
+            if words[0] in ("plan", "run") and not words[1].isupper():
+                experiment = find_experiment(context.params["experiment"])()
+                overrides = parse_assignments(context.params["set_"])
+                if isinstance(experiment, Comparison):
+                    experiment.with_overrides(overrides)
+                else:
+                    apply_preset(experiment, overrides)
+        except Exception as error:
+            error.add_note(f"the docs show: sagsm {shlex.join(words)}")
+            raise
