@@ -18,7 +18,7 @@ from pipelines.cluster_cli import cluster_app
 from pipelines.ensemble_cli import ensemble
 from pipelines.judging_cli import judging_app, print_comparison
 from pipelines.predict_cli import predict
-from pipelines.printing import print_card, print_json, print_table
+from pipelines.printing import print_card, print_json, print_table, system_errors_explained
 from pipelines.shards_cli import shards_app
 from pipelines.store_cli import store_app
 
@@ -146,7 +146,8 @@ def run(
     if as_json:
         print_json(_run_document(outcome))
     if outcome.error is not None:
-        raise outcome.error
+        with system_errors_explained():
+            raise outcome.error
     if not as_json:
         _print_outcome(outcome, request, set_)
 
