@@ -23,6 +23,7 @@ from pipelines.artifacts import Artifact, Store
 from pipelines.comparison import Comparison, plan_comparison
 from pipelines.config import ExperimentConfig
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
+from pipelines.lookup import EVALUATIONS
 from pipelines.stages import STAGES, config_yaml
 
 _MINIMUM_FREE_BYTES = 200 * 10**6
@@ -131,11 +132,10 @@ def run_experiment(request: Request, progress: StageProgress) -> Outcome:
     tracker = _open_tracker(request)
     tracker.close_abandoned_runs()
     with cluster.session(request.address), _killed_on_interrupt(tracker):
-        pipeline = tracker.start_run(
-            tracker.next_name("p", request.experiment),
-            parent=None,
-            tags={"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset},
-        )
+        tags = {"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset}
+        judged = [item.fingerprint for item in planned if item.stage.name == "evaluate"]
+        tags |= {EVALUATIONS: " ".join(judged)} if judged else {}
+        pipeline = tracker.start_run(tracker.next_name("p", request.experiment), parent=None, tags=tags)
         pipeline.log_text(config_yaml(request.comparison or request.config), "conf/config.yaml")
         run_stage = _stage_runner(request, tracker, pipeline, progress)
         results = run_graph(planned, run_stage, _teller(progress, planned), request.at_once)
