@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test test-slow check bench format clean
+.PHONY: help setup packages demo test test-slow check pictures bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: $(STAMP)  ## ruff, format, types, import rules, tests: what CI runs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow"
+
+pictures: demo  ## make the pictures of infra/TRACKING.md anew, from the demo in work/ and a browser
+	SAGSM_DEMO=work SAGSM_SCREENSHOTS=infra/pictures $(BIN)/pytest tests/end_to_end/test_browser.py
 
 bench: $(STAMP)  ## measure shards, loader, networks, evaluation and search against their baselines
 	$(BIN)/python tests/benchmarks/bench_shards.py

@@ -1,35 +1,33 @@
 """Addresses of pages of the MLflow server, as MLflow 3 understands them."""
 
-import json
 from urllib.parse import quote
+
+_MODE = "?workflowType=machine_learning"  # without it a fresh browser shows menus and empty pages about GenAI
 
 
 def run_url(base: str, experiment_id: str, run_id: str, artifact: str = "") -> str:
     """Address of a run's page, or of one of its files as the page shows it."""
     page = f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"{page}/artifacts/{quote(artifact)}" if artifact else page
+    return f"{page}/artifacts/{quote(artifact)}{_MODE}" if artifact else f"{page}{_MODE}"
 
 
-def runs_url(base: str, experiment_id: str, *, stage: str = "", order_by: str = "", charts: bool = False) -> str:
-    """Address of the runs table, with its mode in the address: without it a fresh browser opens an empty page about GenAI.
+def runs_url(base: str, experiment_id: str) -> str:
+    """Address of the table of pipelines and their stages, as a tree, without the trials of searches.
 
-    Args:
-        base: address of the server.
-        experiment_id: of the experiment.
-        stage: show only the runs of this stage ("trial"), as a flat list.
-        order_by: the metric that sorts that list, best first; by name if empty.
-        charts: show the runs' charts in place of the table.
+    The table's first page is the newest hundred runs: a search of a thousand trials would fill the first ten.
     """
-    address = f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    if stage:
-        # Sorted by creation, the table would show the stage's parents with the matches hidden inside them.
-        key = f"metrics.`{order_by}`" if order_by else "attributes.run_name"
-        condition = f'tags.stage="{stage}"'
-        address += f"&searchFilter={quote(condition, safe='')}&orderByKey={quote(key, safe='')}&orderByAsc=false"
-    return address + ("&compareRunsMode=CHART" if charts else "")
+    return _table(base, experiment_id, 'tags.stage != "trial"')
 
 
-def compare_url(base: str, experiment_id: str, run_ids: list[str]) -> str:
-    """Address of the page that compares runs (parallel coordinates of parameters and a metric)."""
-    runs, experiments = (quote(json.dumps(ids), safe="") for ids in (run_ids, [experiment_id]))
-    return f"{base.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+def trials_url(base: str, experiment_id: str, metric: str) -> str:
+    """Address of the table of all trials of all searches, those with the highest `metric` first.
+
+    Any order but by time makes it flat: in a tree the table would show their parents, with the trials hidden inside.
+    """
+    order = f"&orderByKey={quote(f'metrics.`{metric}`', safe='')}&orderByAsc=false"
+    return _table(base, experiment_id, 'tags.stage = "trial"') + order
+
+
+def _table(base: str, experiment_id: str, condition: str) -> str:
+    page = f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    return f"{page}{_MODE}&searchFilter={quote(condition, safe='')}"

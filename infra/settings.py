@@ -49,6 +49,13 @@ S = TypeVar("S", bound=Settings)
 _ABOUT_AS_NEAR = 0.05  # of difflib's ratio, from 0 to 1
 
 
+def near(name: str, choices: Iterable[str]) -> list[str]:
+    """Those of `choices` that an unknown `name` may mean, the nearest first; at most three."""
+    close = difflib.get_close_matches(name, sorted(set(choices)), n=3, cutoff=0.5)
+    likeness = [difflib.SequenceMatcher(None, name, choice).ratio() for choice in close]
+    return [choice for choice, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - _ABOUT_AS_NEAR]
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: the nearest of `choices`, or all of them.
 
@@ -57,9 +64,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         'did you mean learning_rate?'
     """
     known = sorted(set(choices))
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    likeness = [difflib.SequenceMatcher(None, name, choice).ratio() for choice in close]
-    close = [choice for choice, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - _ABOUT_AS_NEAR]
+    close = near(name, known)
     return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}"
 
 

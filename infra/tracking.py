@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import ConfigError, PipelineError
@@ -18,17 +19,21 @@ from infra.provenance import git_commit, has_ended, this_process, user_name
 from infra.secrets import redact, split_userinfo
 from infra.tracking_client import Sender, connect, explained, find_or_create_experiment
 from infra.tracking_model import fetch_model
-from infra.tracking_run import NOTE_CHARACTERS, RunStatus, TrackedRun, now
+from infra.tracking_query import all_runs, newest_run
+from infra.tracking_run import RunStatus, TrackedRun, now
 from infra.tracking_spool import Spool, decode, has_entries
 
 __all__ = [
+    "RecordedRun",
     "RunStatus",
     "TrackedRun",
     "Tracker",
     "download_model",
     "embedded_uri",
     "experiment_ids",
+    "has_runs",
     "is_all_sent",
+    "recorded_runs",
     "spool_folder",
     "tracking_uri",
     "unsent_files",
@@ -78,6 +83,39 @@ def experiment_ids(uri: str) -> dict[str, str]:
     return {experiment.name: experiment.experiment_id for experiment in found if experiment.experiment_id != "0"}
 
 
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run as MLflow has it."""
+
+    run_id: str
+    name: str
+    tags: Mapping[str, str]
+
+
+def recorded_runs(uri: str, stage: str) -> list[RecordedRun]:
+    """Runs with this tag `stage`, of all experiments at `uri`, the newest first; none if there is no database.
+
+    Raises:
+        PipelineError: if the database or the server cannot be used.
+    """
+    if _is_missing(uri):
+        return []
+    numbers = list(experiment_ids(uri).values())
+    with explained(uri):
+        found = all_runs(connect(uri), numbers, {"stage": stage})
+    return [RecordedRun(run.info.run_id, run.info.run_name, run.data.tags) for run in found]
+
+
+def has_runs(uri: str, experiment_id: str, stage: str) -> bool:
+    """Whether an experiment at `uri` has a run with this tag `stage`.
+
+    Raises:
+        PipelineError: if the database or the server cannot be used.
+    """
+    with explained(uri):
+        return newest_run(connect(uri), experiment_id, {"stage": stage}) is not None
+
+
 def download_model(uri: str, model: str, folder: Path) -> Path:
     """Fetch the files of a registered network, as training wrote them.
 
@@ -93,7 +131,7 @@ def download_model(uri: str, model: str, folder: Path) -> Path:
         ConfigError: if nothing is registered so.
         PipelineError: if the database or the server cannot be used.
     """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if _is_missing(uri):
         raise ConfigError(f"--model {model}: there is no {uri}, where it would be registered; give the right --workdir")
     with explained(uri):
         return fetch_model(connect(uri), uri, model, folder)
@@ -214,10 +252,10 @@ class Tracker:
         numbers = [re.match(rf"{prefix}(\d+)\b", run.info.run_name) for run in newest]
         return f"{prefix}{max((int(number[1]) for number in numbers if number), default=0) + 1:02d} {text}"
 
-    def describe(self, markdown: str) -> None:
-        """Set the experiment's description; only its first line shows above the runs table."""
-        with explained(self.uri):
-            self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", markdown[:NOTE_CHARACTERS])
+
+def _is_missing(uri: str) -> bool:
+    """Whether it is a database that nobody has made yet; who only asks must not make it."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def spool_folder(uri: str, artifact_root: Path) -> Path:

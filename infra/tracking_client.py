@@ -24,6 +24,7 @@ from filelock import FileLock
 from infra.errors import PipelineError
 from infra.secrets import redact
 from infra.tracking_model import send_model
+from infra.tracking_query import newest_run
 from infra.tracking_spool import AwayError, Entry
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
+
+# Above the runs table, which shows one line of it at first.
+_EXPERIMENT_NOTE = (
+    'Open p01, p02, ...: each says what came out.\n\nTrials of searches: `tags.stage = "trial"`, sorted by a metric.'
+)
 
 KEY_PATTERN = r"local-[0-9a-f]{32}"  # a run that was asked for, whether MLflow has made it or not
 
@@ -241,13 +247,6 @@ _SENDERS: dict[str, Callable[[Sender, Entry], None]] = {
 }
 
 
-def newest_run(client: "MlflowClient", experiment_id: str, tags: Mapping[str, str]) -> "Run | None":
-    """The newest run that carries all of `tags`."""
-    condition = " and ".join(f"tags.`{name}` = {_quoted(text)}" for name, text in tags.items())
-    found = client.search_runs([experiment_id], condition, order_by=["start_time DESC"], max_results=1)
-    return found[0] if found else None
-
-
 def machine_sampler() -> Callable[[], dict[str, float]]:
     """A function that measures CPU, memory, disk, network and GPU of this machine, named as MLflow's own monitor names them.
 
@@ -342,7 +341,7 @@ def find_or_create_experiment(client: "MlflowClient", uri: str, name: str, artif
 
     location = None if uri.startswith("http") else artifact_root.resolve().as_uri()
     try:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, artifact_location=location, tags={"mlflow.note.content": _EXPERIMENT_NOTE})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -404,8 +403,3 @@ def _first_line(error: Exception) -> str:
 
 def _batches(items: list[T], size: int) -> list[list[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _quoted(text: str) -> str:
-    """A string of MLflow's search language, which knows no escape for a quote of its own kind."""
-    return f'"{text}"' if "'" in text else f"'{text}'"

@@ -18,7 +18,7 @@ from infra.errors import PipelineError
 from infra.tracking_spool import Spool
 
 _PARAM_CHARACTERS = 250
-NOTE_CHARACTERS = 8000
+_NOTE_CHARACTERS = 8000
 _FLUSH_SECONDS = 10.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -139,7 +139,7 @@ class TrackedRun:
 
     def describe(self, markdown: str) -> None:
         """Set the description, which is the landing page of the run; only about three lines show at first."""
-        self.set_tags({"mlflow.note.content": markdown[:NOTE_CHARACTERS]})
+        self.set_tags({"mlflow.note.content": markdown[:_NOTE_CHARACTERS]})
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
         """End the run; the first status given stays."""

@@ -16,11 +16,12 @@ from types import FrameType
 from typing import IO
 
 from infra.errors import PipelineError
-from infra.links import runs_url
-from infra.tracking import experiment_ids
+from infra.links import runs_url, trials_url
+from infra.tracking import experiment_ids, has_runs
 from infra.tracking_client import CLIENT_ENVIRONMENT
 
 DEFAULT_PORT = 5000
+_TRIAL_METRIC = "val/top1"
 _LOOPBACK = ("127.0.0.1", "localhost")
 _START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
@@ -77,10 +78,10 @@ def serve_ui(
             start_new_session=True,  # Ctrl-C reaches us alone, and we end the whole group
         )
         try:
-            links = {name: runs_url(f"http://{host}:{port}", number) for name, number in experiment_ids(uri).items()}
+            links = list(_links(uri, f"http://{host}:{port}"))
             _wait_until_healthy(server, f"http://{host}:{port}/health", log)
-            for name, link in links.items():
-                say(f"{name}: {link}")
+            for link in links:
+                say(link)
             say("Ctrl-C stops the server.")
             server.wait()
             raise PipelineError(f"the MLflow server ended by itself; expected it to go on; its last words: {_tail(log)}")
@@ -93,6 +94,14 @@ def serve_ui(
 def server_environment(uri: str) -> dict[str, str]:
     """The environment of `server_command`: ours, and the database, whose URI may hold a password that `ps` must not show."""
     return {**CLIENT_ENVIRONMENT, **os.environ, **_SERVER_ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": uri}
+
+
+def _links(uri: str, base: str) -> Iterator[str]:
+    """A line for each page that a person should know of."""
+    for name, number in experiment_ids(uri).items():
+        yield f"{name}: {runs_url(base, number)}"
+        if has_runs(uri, number, "trial"):
+            yield f"{name}, trials: {trials_url(base, number, _TRIAL_METRIC)}"
 
 
 def server_command(artifact_root: Path, host: str, port: int) -> list[str]:

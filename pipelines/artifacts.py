@@ -94,6 +94,18 @@ class Store:
                 return None, f"{name} has {size} bytes in the store, {entry['bytes']} were written"
         return artifact, ""
 
+    def require(self, stage: str, fingerprint: str) -> Artifact:
+        """The finished artifact.
+
+        Raises:
+            PipelineError: if it is not there, or not whole.
+        """
+        artifact, problem = self.find(stage, fingerprint)
+        if artifact is None:
+            reason = problem or "it is not there"
+            raise PipelineError(f"{stage} {fingerprint} in {self.root} cannot be used: {reason}; run its experiment again")
+        return artifact
+
     def finished(self, stage: str) -> list[Artifact]:
         """All finished artifacts of a stage, the newest first; their files are not looked at."""
         found = []
@@ -166,6 +178,11 @@ class Store:
         partial.rename(folder)
         fsync_dir(folder.parent)
         return folder
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether the folder is a finished artifact, of whichever store."""
+    return (folder / MANIFEST).is_file()
 
 
 def shards_place(shards: Artifact) -> str:

@@ -11,7 +11,10 @@ from pipelines.printing import print_json, print_table
 
 ScoresArgument = Annotated[
     list[str],
-    typer.Argument(metavar="SCORES...", help="Files scores.parquet, folders that hold one, or fingerprints of evaluations."),
+    typer.Argument(
+        metavar="SCORES...",
+        help="Files scores.parquet, folders that hold one, or evaluations: fingerprint, or name or id of an MLflow run.",
+    ),
 ]
 
 
@@ -25,7 +28,7 @@ def ensemble(
         typer.Option("--output", metavar="FILE", help="Keep the mean scores, as parquet; they may be averaged again."),
     ] = None,
     workdir: Annotated[
-        Path, typer.Option("--workdir", metavar="DIR", help="Its store is where fingerprints are looked up.")
+        Path, typer.Option("--workdir", metavar="DIR", help="Its store is where evaluations are looked up.")
     ] = Path("work"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
@@ -37,7 +40,7 @@ def ensemble(
 
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
-    members = read_members(scores, _numbers(weights), workdir / "store")
+    members = read_members(scores, _numbers(weights), workdir)
     together = average_scores(members)
     found = describe_ensemble(members, together)
     if output is not None:

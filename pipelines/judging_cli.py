@@ -14,6 +14,11 @@ _HEADER = (
     *("parameters", "GMACs", "training clips", "hash", "videos/s"),
 )
 
+_HANDLES = (
+    "the fingerprint of a stage evaluate, the name or id of its MLflow run or of the pipeline's ('p01 demo'), or the beginning "
+    "of any of these; or its folder in a store"
+)
+
 OutputOption = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="Write the page there; else into the work directory.")
 ]
@@ -27,8 +32,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Evaluations: the fingerprint of a stage evaluate or its beginning, its folder in a store, or its MLflow run "
-            "id. The first is the baseline.",
+            help=f"Evaluations: {_HANDLES}. The first is the baseline.",
         ),
     ],
     workdir: WorkdirOption = Path("work"),
@@ -39,7 +43,7 @@ def compare(
 
     Seeds of one configuration are taken together. Evaluations on other clips, labels, splits or dataset versions are refused.
 
-    Example: sagsm compare 3f2a 91bc
+    Example: sagsm compare 'p01 demo' 'p02 demo'
     """
     from pipelines.stored_comparison import compare_runs
 
@@ -57,7 +61,7 @@ def gap(
         str,
         typer.Argument(
             metavar="RUN",
-            help="An evaluation: the fingerprint of a stage evaluate or its beginning, its folder, or its MLflow run id.",
+            help=f"An evaluation: {_HANDLES}.",
         ),
     ],
     workdir: WorkdirOption = Path("work"),

@@ -27,6 +27,7 @@ from pipelines.config import ExperimentConfig
 from pipelines.experiments import find_experiment
 from pipelines.graph import PlannedStage, StageContext, StageResult, plan, run_graph, select
 from pipelines.leases import lease
+from pipelines.lookup import EVALUATIONS
 from pipelines.node_needs import stage_needs
 from pipelines.presets import apply_preset
 from pipelines.stages import STAGES, config_yaml
@@ -171,11 +172,10 @@ def _run_planned(request: Request, planned: Sequence[PlannedStage], progress: St
     with cluster.session(request.address), _killed_on_interrupt(tracker):
         if request.address is not None:
             _require_fit(request, planned, progress)
-        pipeline = tracker.start_run(
-            tracker.next_name("p", request.experiment),
-            parent=None,
-            tags={"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset},
-        )
+        tags = {"stage": "pipeline", "experiment": request.experiment, "preset": request.config.preset}
+        judged = [item.fingerprint for item in planned if item.stage.name == "evaluate"]
+        tags |= {EVALUATIONS: " ".join(judged)} if judged else {}
+        pipeline = tracker.start_run(tracker.next_name("p", request.experiment), parent=None, tags=tags)
         pipeline.log_text(config_yaml(request.comparison or request.config), "conf/config.yaml")
         run_stage = _stage_runner(request, tracker, pipeline, progress)
         results = run_graph(planned, run_stage, _teller(progress, planned), request.at_once)

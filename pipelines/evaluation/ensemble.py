@@ -3,7 +3,6 @@
 The members may be of different networks, numbers of frames, protocols and runs; clips and label passport must be the same.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy.typing as npt
 
 from infra.errors import ConfigError, DataError
 from pipelines.evaluation.scores import ClipScores, Origin, read_scores
+from pipelines.lookup import find_evaluated
 
 SCORES = "scores.parquet"
 HEADLINES = ("top1", "top5", "mean_class_accuracy")
-_FINGERPRINT = re.compile(r"[0-9a-f]{4,16}")
 
 
 @dataclass(frozen=True)
@@ -29,44 +28,35 @@ class Member:
     weight: float = 1.0
 
 
-def find_scores(text: str, store: Path) -> Path:
+def find_scores(text: str, workdir: Path) -> Path:
     """The file of scores that the user means.
 
     Args:
-        text: a file, a folder that holds `scores.parquet`, or the fingerprint of an evaluation or its first digits.
-        store: where fingerprints are looked up.
+        text: a file, a folder that holds `scores.parquet`, or an evaluation as `find_evaluated` takes it.
+        workdir: where evaluations are looked up.
 
     Raises:
         ConfigError: if there is none, or more than one.
+        PipelineError: as `find_evaluated`.
     """
     path = Path(text)
     if path.is_file():
         return path
     if (path / SCORES).is_file():
         return path / SCORES
-    found = []
-    if _FINGERPRINT.fullmatch(text):
-        found = sorted((store / "evaluate").glob(f"{text}*/{SCORES}"))
-        found = [file for file in found if _FINGERPRINT.fullmatch(file.parent.name)]  # no .partial, which is not complete
-    if len(found) == 1:
-        return found[0]
-    where = f"{len(found)} evaluations in {store / 'evaluate'}" if found else "nothing"
-    raise ConfigError(
-        f"{text!r} names {where}; expected a {SCORES}, a folder with one, or the fingerprint of one evaluation, as "
-        "`sagsm run EXPERIMENT --json` prints it"
-    )
+    return find_evaluated(workdir, text).path / SCORES
 
 
-def read_members(texts: Sequence[str], weights: Sequence[float] | None, store: Path) -> list[Member]:
+def read_members(texts: Sequence[str], weights: Sequence[float] | None, workdir: Path) -> list[Member]:
     """Read the scores of each member.
 
     Args:
         texts: see `find_scores`.
         weights: one each, above 0; None for equal ones.
-        store: see `find_scores`.
+        workdir: see `find_scores`.
 
     Raises:
-        ConfigError: if the weights do not fit, and as `find_scores`.
+        ConfigError, PipelineError: if the weights do not fit, and as `find_scores`.
         DataError: as `read_scores`.
     """
     if weights is not None and (len(weights) != len(texts) or not all(0 < weight < float("inf") for weight in weights)):
@@ -74,7 +64,7 @@ def read_members(texts: Sequence[str], weights: Sequence[float] | None, store: P
             f"found weights {', '.join(f'{weight:g}' for weight in weights)}; expected {len(texts)} numbers above 0, one for "
             "each set of scores"
         )
-    paths = [find_scores(text, store) for text in texts]
+    paths = [find_scores(text, workdir) for text in texts]
     return [
         Member(text, read_scores(path), weight)
         for text, path, weight in zip(texts, paths, weights or [1.0] * len(texts), strict=True)

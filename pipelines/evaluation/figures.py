@@ -208,6 +208,8 @@ def _draw_gammas(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
         points = [(row["epoch"] + 1, row["gammas"][slot]) for row in history if slot in row["gammas"]]
         _draw_line(axes, points, colour, plain_name(slot))
     axes.set_title("gamma: strength of attention by slot" if slots else "no attention in this network")
+    if not slots:
+        axes.set_axis_off()
 
 
 def _square(slot: int, rank: int, colour: str) -> Any:

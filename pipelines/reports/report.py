@@ -90,6 +90,7 @@ def write_report(
         "card_rows": card_rows(card),
         "figures": {name: data_uri(path) for name, path in figures.items()},
         "captions": {name: _CAPTIONS.get(name, "") for name in figures},
+        "alts": {name: name for name in figures} | _alts(history, evaluation, trials),
         "trials": trials,
         "gammas": [(slot, gamma, abs(gamma) / strongest) for slot, gamma in gammas.items()],
         "stages": stages,
@@ -127,6 +128,19 @@ def _doubts(evaluation: Mapping[str, Any], num_trials: int) -> Iterator[str]:
     if evaluation["num_unlabelled"]:
         yield f"Clips without a label, left out: {evaluation['num_unlabelled']}."
     yield find_protocol(evaluation.get("protocol", "centre")).describe()
+
+
+def _alts(
+    history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """What the pictures show, for those who do not see them; the page's tables have the numbers."""
+    worst = next(iter(evaluation["worst_pairs"]), None)
+    pair = f"; the commonest: {worst['true']} answered as {worst['answer']}, {worst['num_clips']} clips" if worst else ""
+    return {
+        "curves": f"{_CAPTIONS['curves'].removesuffix('.')}; {len(history)} epochs",
+        "confusion": f"Confusions of {evaluation['num_classes']} classes{pair}",
+        "search": f"What each of {len(trials)} trials reached, and the slots with attention in the best of them",
+    }
 
 
 def _left_right_sentence(found: Mapping[str, Any] | None) -> str:

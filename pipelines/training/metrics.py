@@ -116,27 +116,28 @@ class EpochMetrics:
     dead_gates: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, float]:
-        """Names as MLflow shows them: `train/loss`, `val/top1`, `gamma/3a`; without what was not measured.
+        """Names as MLflow shows them: `train/loss`, `val/top1`, `weights/gamma_3a`; without what was not measured.
 
-        `train/ledger` is the ledger's upper 52 bits, which a float holds exactly.
+        What is before the slash is a section of its charts. Sections go by the alphabet: what is looked at first comes first.
+        `work/ledger` is the ledger's upper 52 bits, which a float holds exactly.
         """
         named = {
             "train/loss": self.train_loss,
             "train/top1": self.train_top1,
             "train/lr": self.learning_rate,
-            "train/effective_batch": self.effective_batch,
-            "train/workers": self.world_size,
-            "train/clips_per_second": self.clips_per_second,
-            "train/epoch_seconds": self.seconds,
-            "train/data_wait": self.data_wait,
-            "train/peak_memory_bytes": self.peak_memory_bytes,
-            "train/ledger": float(ClipLedger.parse(self.ledger).total >> 76),
-            "train/dead_gates": len(self.dead_gates),
+            "work/effective_batch": self.effective_batch,
+            "work/workers": self.world_size,
+            "work/clips_per_second": self.clips_per_second,
+            "work/epoch_seconds": self.seconds,
+            "work/data_wait": self.data_wait,
+            "work/peak_memory_bytes": self.peak_memory_bytes,
+            "work/ledger": float(ClipLedger.parse(self.ledger).total >> 76),
+            "weights/dead_gates": len(self.dead_gates),
             "val/loss": self.val_loss,
             "val/top1": self.val_top1,
             "val/top5": self.val_top5,
-            **{f"gamma/{slot}": gamma for slot, gamma in self.gammas.items()},
-            **{f"gate/{name}": value for name, value in self.gates.items()},
+            **{f"weights/gamma_{slot}": gamma for slot, gamma in self.gammas.items()},
+            **{f"weights/gate_{name}": value for name, value in self.gates.items()},
         }
         return {name: value for name, value in named.items() if value is not None}
 

@@ -104,7 +104,7 @@ def measure(shards: Path, storage_dir: Path, num_trials: int) -> dict[str, float
 
 def describe(records: list[TrialRecord], moments: list[tuple[float, Any]], total: float) -> dict[str, float]:
     """The medians, and what the search costs before its first and after its last trial."""
-    training = [record.metrics["train/epoch_seconds"] for record in records]
+    training = [record.metrics["work/epoch_seconds"] for record in records]
     inside = [record.seconds - seconds for record, seconds in zip(records, training, strict=True)]
     starts = [moment for moment, event in moments if event.kind == "started"]
     ends = [moment for moment, event in moments if event.kind == "ended"]

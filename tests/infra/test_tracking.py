@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import ConfigError, PipelineError
-from infra.tracking import Tracker, experiment_ids, tracking_uri
+from infra.tracking import Tracker, experiment_ids, has_runs, recorded_runs, tracking_uri
 
 
 def steps_and_values(tracker: Tracker, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -104,10 +104,32 @@ def test_experiments_are_listed_without_the_default(tracker: Tracker) -> None:
     assert experiment_ids(tracker.uri) == {"demo": tracker.experiment_id, "template": "1"}
 
 
-def test_a_description_of_the_experiment(make_tracker: Callable[[], Tracker]) -> None:
-    make_tracker().describe("Which placement is best\n\nmore")
-    tracker = make_tracker()  # the experiment exists now
-    assert tracker._client.get_experiment(tracker.experiment_id).tags["mlflow.note.content"].startswith("Which placement")
+def test_an_experiment_says_what_to_open(tracker: Tracker) -> None:
+    description = tracker._client.get_experiment(tracker.experiment_id).tags["mlflow.note.content"]
+    assert description.startswith("Open p01, p02, ...: each says what came out.\n")
+
+
+def test_runs_of_a_stage_are_listed_over_all_experiments_the_newest_first(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.tracking_query._RUNS_PER_PAGE", 2)
+    other = Tracker(tracker.uri, "other", tmp_path / "artifacts")
+    for number in range(5):
+        writer = (tracker, other)[number % 2]
+        with writer.start_run(f"p{number}", tags={"stage": "pipeline", "number": str(number)}) as run:
+            writer.start_run(f"t{number}", parent=run.run_id, tags={"stage": "trial"}).finish()
+    other.close()
+    found = recorded_runs(tracker.uri, "pipeline")
+    assert [run.name for run in found] == ["p4", "p3", "p2", "p1", "p0"]
+    assert found[0].run_id == run.run_id
+    assert [run.tags["number"] for run in found] == ["4", "3", "2", "1", "0"]
+    assert has_runs(tracker.uri, other.experiment_id, "trial")
+    assert not has_runs(tracker.uri, other.experiment_id, "search")
+
+
+def test_who_only_asks_makes_no_database(tmp_path: Path) -> None:
+    assert recorded_runs(f"sqlite:///{tmp_path}/mlflow.db", "pipeline") == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_deleted_experiment_is_an_error(make_tracker: Callable[[], Tracker]) -> None:

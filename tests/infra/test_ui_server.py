@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from infra.errors import PipelineError
+from infra.links import runs_url, trials_url
 from infra.tracking import Tracker
 from infra.ui_server import serve_ui, server_command, server_environment
 
@@ -95,10 +96,13 @@ def test_the_ui_answers_this_machine_only_and_leaves_no_process(
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "demo", tmp_path / "artifacts")
     with tracker.start_run("p01") as run:
         run.log_text("the page", "report/index.html")
+    tracker.start_run("t001", parent=run.run_id, tags={"stage": "trial"}).finish()
+    tracker.close()
     base = f"http://127.0.0.1:{free_port}"
     with serving(tmp_path, free_port) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == f"demo: {base}/#/experiments/1/runs?workflowType=machine_learning\n"
+        assert process.stdout.readline() == f"demo: {runs_url(base, '1')}\n"
+        assert process.stdout.readline() == f"demo, trials: {trials_url(base, '1', 'val/top1')}\n"
         assert process.stdout.readline() == "Ctrl-C stops the server.\n"
         children = psutil.Process(process.pid).children(recursive=True)
         host = f"127.0.0.1:{free_port}"

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from infra.errors import ConfigError
+from infra.storage import write_json
+from pipelines.artifacts import FORMAT_VERSION
 from pipelines.cli import app
 from pipelines.evaluation.evaluate import Scores
 from pipelines.evaluation.scores import Origin, read_scores
@@ -28,6 +30,7 @@ def runs(tmp_path: Path) -> list[str]:
         path = tmp_path / "store" / "evaluate" / (str(seed) * 16) / "scores.parquet"
         path.parent.mkdir(parents=True)
         Scores([f"v{row}" for row in range(60)], labels, logits.astype(np.float32)).save(path, Origin(NAMES, "test", "centre"))
+        write_json(path.with_name("artifact.json"), {"format_version": FORMAT_VERSION, "files": {}})
         paths.append(str(path))
     return paths
 
@@ -65,7 +68,7 @@ def test_an_ensemble_can_be_a_member_and_a_fingerprint_names_one(runs: list[str]
         (["--weights", "1,x,1"], "--weights got '1,x,1'; expected numbers with commas"),
         (["--weights", "1,1"], "expected 3 numbers above 0, one for each set of scores"),
         (["--output", "/nowhere/mean.parquet"], "there is no folder /nowhere; make it first"),
-        (["nothing"], "'nothing' names nothing; expected a scores.parquet"),
+        (["nothing"], "'nothing' is no evaluation in"),
     ],
 )
 def test_user_errors(runs: list[str], more: list[str], message: str) -> None:

@@ -40,7 +40,7 @@ def test_a_trial_reports_each_epoch_with_its_cost(shards_dir, tmp_path):
     search = SearchSettings(max_epochs=2, cost="mmacs", scheduler="none")
     reports = reported({"model.placement": "5b", "train.learning_rate": 0.02}, tmp_path, job_of(shards_dir, search), search)
     assert len(reports) == 2
-    assert {"val/top1", "train/loss", "gamma/5b", "cost/mmacs"} <= reports[0].keys()
+    assert {"val/top1", "train/loss", "weights/gamma_5b", "cost/mmacs"} <= reports[0].keys()
     assert reports[1]["cost/mmacs"] == reports[0]["cost/mmacs"] > 1
     assert list(tmp_path.iterdir()) == []
 
@@ -127,7 +127,7 @@ def test_trials_with_workers_that_are_killed_or_stopped_leave_room_for_the_next(
         )
         assert texts[0] == "trials, 1 at a time"
         assert [(record.state, record.epochs) for record in result.trials] == [("failed", 1), ("stopped", 1), ("stopped", 1)]
-        assert all(record.metrics["train/workers"] == 2 for record in result.trials)
+        assert all(record.metrics["work/workers"] == 2 for record in result.trials)
         assert [path for path in tmp_path.rglob("*") if path.name.startswith("step-")] == [], "checkpoints are gone"
         deadline = time.monotonic() + 60  # one watcher is left behind, that of the trial that was killed
         while node_resources(free=True)[0].get("CPU") != 2 or len(processes("ray::PlacementGroupCleaner")) > 1:
@@ -163,4 +163,4 @@ def test_a_search_never_hangs_whatever_the_cpus(shards_dir, tmp_path, num_cpus, 
         ray.shutdown()
     assert texts[0] == f"trials, {at_once} at a time"
     assert [record.state for record in result.trials] == ["completed"] * (at_once + 1)
-    assert {record.metrics.get("train/workers", 1) for record in result.trials} == {workers}
+    assert {record.metrics.get("work/workers", 1) for record in result.trials} == {workers}

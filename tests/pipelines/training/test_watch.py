@@ -92,7 +92,7 @@ def test_training_warns_of_a_gamma_that_it_does_not_move(tiny, caplog, monkeypat
     monkeypatch.setattr("pipelines.training.run.build_optimizer", without_gamma)
     result = tiny.train_tiny(None)
     assert [epoch.dead_gates for epoch in result.history] == [["gamma is in no optimiser group"]] * 2
-    assert result.history[0].to_dict()["train/dead_gates"] == 1
+    assert result.history[0].to_dict()["weights/dead_gates"] == 1
     assert "dead gate after epoch 0: gamma is in no optimiser group; it adds nothing to the network" in caplog.text
 
 
