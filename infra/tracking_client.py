@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from infra.errors import PipelineError
 from infra.secrets import redact
-from infra.tracking_model import send_model
+from infra.tracking_model import CLIENT_ENVIRONMENT, send_model
 from infra.tracking_query import newest_run
 from infra.tracking_spool import AwayError, Entry
 
@@ -42,18 +42,6 @@ _DOUBTFUL = ("BAD_REQUEST", "INTERNAL_ERROR")  # what MLflow says of a lost data
 _DOUBTFUL_TRIES = 4
 _ERROR_CHARACTERS = 160
 _ASKED_AS = "asked_as"  # tag: the key of the entry that started the run
-
-# Set where the user has not: by default MLflow retries a dead server for four minutes, sends telemetry, tells the terminal
-# of each database made, file copied and run ended, and packs a uv.lock of the current folder into every model.
-CLIENT_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_UV_AUTO_DETECT": "false",
-}
 
 # Above the runs table, which shows one line of it at first.
 _EXPERIMENT_NOTE = (
@@ -139,11 +127,14 @@ class Sender:
     def _find(self, entry: Entry) -> "Run | None":
         """The run that the entry has started already, or the one that it asks to go on with."""
         experiment = entry["experiment"]
-        if found := newest_run(self._client, experiment, {_ASKED_AS: entry["run"]}):
+        found: Run | None = newest_run(self._client, experiment, {_ASKED_AS: entry["run"]})
+        if found:
             return found
         if entry["resume_tags"]:
-            tags = {name: self._resolved(text) for name, text in entry["resume_tags"].items()}
-            return newest_run(self._client, experiment, tags)
+            found = newest_run(
+                self._client, experiment, {name: self._resolved(text) for name, text in entry["resume_tags"].items()}
+            )
+            return found
         if not entry["resume_id"]:
             return None
         from mlflow.exceptions import MlflowException

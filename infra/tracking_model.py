@@ -30,6 +30,18 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.tracking import MlflowClient
 
+# Set where the user has not: by default MLflow retries a dead server for four minutes, sends telemetry, tells the terminal
+# of each database made, file copied and run ended, and packs a uv.lock of the current folder into every model.
+CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+}
+
 ANSWER_COLUMNS = ("status", "reason", "detail", "classes", "probabilities")
 _LISTS = {"classes": "string", "probabilities": "double"}
 _PACKAGES = ("infra", "models", "pipelines", "preprocessing", "tuning")

@@ -18,7 +18,7 @@ from typing import IO
 from infra.errors import PipelineError
 from infra.links import runs_url, trials_url
 from infra.tracking import experiment_ids, has_runs
-from infra.tracking_client import CLIENT_ENVIRONMENT
+from infra.tracking_model import CLIENT_ENVIRONMENT
 
 DEFAULT_PORT = 5000
 _TRIAL_METRIC = "val/top1"

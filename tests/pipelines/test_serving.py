@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from infra.tracking import Tracker, tracking_uri
-from infra.tracking_client import CLIENT_ENVIRONMENT
+from infra.tracking_model import CLIENT_ENVIRONMENT
 from pipelines.predict import load_predictor
 from pipelines.serving import CODE, NEWEST, example_video, load_answerer, registered_name
 
