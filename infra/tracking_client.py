@@ -128,15 +128,11 @@ class Sender:
         """The run that the entry has started already, or the one that it asks to go on with."""
         experiment = entry["experiment"]
         found: Run | None = newest_run(self._client, experiment, {_ASKED_AS: entry["run"]})
-        if found:
+        if not found and entry["resume_tags"]:
+            tags = {name: self._resolved(text) for name, text in entry["resume_tags"].items()}
+            found = newest_run(self._client, experiment, tags)
+        if found or entry["resume_tags"] or not entry["resume_id"]:
             return found
-        if entry["resume_tags"]:
-            found = newest_run(
-                self._client, experiment, {name: self._resolved(text) for name, text in entry["resume_tags"].items()}
-            )
-            return found
-        if not entry["resume_id"]:
-            return None
         from mlflow.exceptions import MlflowException
 
         try:
