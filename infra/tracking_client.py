@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from filelock import FileLock
 
@@ -136,10 +136,10 @@ class Sender:
         """The run that the entry has started already, or the one that it asks to go on with."""
         experiment = entry["experiment"]
         if found := newest_run(self._client, experiment, {_ASKED_AS: entry["run"]}):
-            return found
+            return cast("Run", found)
         if entry["resume_tags"]:
             tags = {name: self._resolved(text) for name, text in entry["resume_tags"].items()}
-            return newest_run(self._client, experiment, tags)
+            return cast("Run | None", newest_run(self._client, experiment, tags))
         if not entry["resume_id"]:
             return None
         from mlflow.exceptions import MlflowException
