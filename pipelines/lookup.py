@@ -67,7 +67,7 @@ def _meant(handles: Mapping[str, set[str]], text: str) -> set[str]:
     if not text:
         return set()
     found = [handles[text]] if text in handles else [made for handle, made in handles.items() if handle.startswith(text)]
-    return set().union(*found)
+    return {fingerprint for made in found for fingerprint in made}
 
 
 def _store_handles(known: Iterable[Artifact]) -> dict[str, set[str]]:

@@ -95,3 +95,11 @@ def test_every_command_that_the_docs_show_is_one(tmp_path, monkeypatch):
         except Exception as error:
             error.add_note(f"the docs show: sagsm {shlex.join(words)}")
             raise
+
+
+def test_the_pictures_of_tracking_are_small_shown_and_made_by_the_test_of_the_browser():
+    folder = ROOT / "infra" / "pictures"
+    shown = re.findall(r"!\[[^\]]+\]\(pictures/(\w+)\.webp\)", (ROOT / "infra" / "TRACKING.md").read_text())
+    made = re.findall(r"reviewer\.keep\(\"(\w+)\"\)", (ROOT / "tests" / "end_to_end" / "test_browser.py").read_text())
+    assert sorted(shown) == sorted(made) == sorted(path.stem for path in folder.iterdir())
+    assert all(path.stat().st_size < 150_000 for path in folder.iterdir())

@@ -77,7 +77,7 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Not to be changed, but for runs that find everything cached; SAGSM_DEMO names the work directory of a whole one."""
     if made := os.environ.get("SAGSM_DEMO"):
-        return Demo(Path(made).absolute()).call("run")
+        return Demo(Path(made).absolute(), settings=()).call("run")
     return Demo(tmp_path_factory.mktemp("demo")).call("run")
 
 
