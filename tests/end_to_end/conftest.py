@@ -59,7 +59,7 @@ class Demo:
 
     def call(self, verb: str, *more: str, workdir: Path | None = None, only: str | None = None) -> "Demo":
         command = [*self.command(verb, *more, workdir=workdir), *(["--only", only] if only else [])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
         return Demo(workdir or self.workdir, json.loads(done.stdout), self.settings)
 
