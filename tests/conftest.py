@@ -22,6 +22,8 @@ from infra.ui_server import server_command, server_environment
 # For every cluster of the tests, also those that a test starts without `cluster.session`; no token gets into the user's home.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# As in our own clusters: at Ray's 15 a worker starves beside the other process of the tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # A busy machine is no failure: pytest-timeout ends what hangs.
 settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
