@@ -47,7 +47,7 @@ def sagsm(verb, workdir, *more, experiment="gamma"):
 
 def call(*arguments, workdir):
     command = [SAGSM, *arguments, "--workdir", str(workdir), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

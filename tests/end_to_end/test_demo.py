@@ -221,7 +221,7 @@ def test_a_stage_that_was_struck_down_goes_on_and_ends_the_same(demo, tmp_path, 
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(MOMENTS[stage](tmp_path))
     strike(process)
-    _, stderr = process.communicate(timeout=400)
+    _, stderr = process.communicate(timeout=900)
     if strike is kill_one_worker:
         assert process.returncode == 0, stderr
     elif strike is terminate_driver:

@@ -30,7 +30,7 @@ def test_the_pipeline_runs_with_its_shards_in_a_bucket(s3_url, tmp_path):
     place = f"{s3_url}/sets"
     settings = [item for assignment in [*SETTINGS, f"shards.output={place}"] for item in ("--set", assignment)]
     command = [str(Path(sys.executable).with_name("sagsm")), "run", "demo", "--workdir", str(tmp_path), "--json", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr
     stages = {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
     assert {stage["status"] for stage in stages.values()} == {"ran"}

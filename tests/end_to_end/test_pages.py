@@ -25,7 +25,7 @@ def pages(browser, demo, tmp_path_factory):
     made = {}
     for command in (["compare", first, "p01 demo"], ["gap", first]):
         asked = [demo.command("run")[0], *command, "--workdir", str(workdir), "--json"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stderr
         made[command[0]] = Path(json.loads(done.stdout)["page"])
     return {

@@ -18,7 +18,7 @@ import pytest
 
 from tuning.trials import STUDY_FILE, STUDY_NAME
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_TRIALS = 24

@@ -162,7 +162,7 @@ def environment(home, **more):
 
 
 def sagsm(*arguments, env):
-    return subprocess.run([SAGSM, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300, check=False)
+    return subprocess.run([SAGSM, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=900, check=False)
 
 
 def settings(*more):
@@ -192,7 +192,7 @@ def test_a_pipeline_uses_secrets_and_shows_none(mlflow_server, login, s3_url, ho
             assert time.monotonic() < deadline
             time.sleep(0.1)
         collected = sagsm("store", "gc", "--keep-days", 0, "--yes", "--json", "--workdir", work, env=env)
-        output, errors = process.communicate(timeout=500)
+        output, errors = process.communicate(timeout=1000)
     assert process.returncode == 0, errors
     assert {stage["status"] for stage in json.loads(output)["stages"]} == {"ran"}
     assert json.loads(collected.stdout)["removed"] == []

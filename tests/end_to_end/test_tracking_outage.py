@@ -43,7 +43,7 @@ def test_training_goes_on_without_its_server_and_all_metrics_are_there_afterward
         lost_at, after = time.monotonic(), steps_done(tmp_path)
         wait_for(process, lambda: steps_done(tmp_path) >= after + 4 and time.monotonic() >= lost_at + AWAY_SECONDS)
         mlflow_server.start()
-        output, _ = process.communicate(timeout=300 + AWAY_SECONDS)
+        output, _ = process.communicate(timeout=900 + AWAY_SECONDS)
     finally:
         process.kill()
         process.communicate()

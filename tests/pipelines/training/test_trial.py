@@ -101,7 +101,7 @@ def processes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray reads its own old options there
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's processes, whose output nobody closes
 def test_trials_with_workers_that_are_killed_or_stopped_leave_room_for_the_next(shards_dir, tmp_path):
@@ -139,7 +139,7 @@ def test_trials_with_workers_that_are_killed_or_stopped_leave_room_for_the_next(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray reads its own old options there
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's processes, whose output nobody closes
 @pytest.mark.parametrize(("num_cpus", "workers", "at_once"), [(1, 1, 1), (4, 1, 4), (4, 2, 2), (1, 2, 0)])

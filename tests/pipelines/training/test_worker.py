@@ -21,7 +21,7 @@ from pipelines.training.worker import train_on_cluster
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),  # Ray reads its own old options there
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's nodes, whose output nobody closes
 ]
