@@ -96,7 +96,8 @@ def add_patiently(cluster, **node):
     """Ray gives a node 30 seconds, however busy the machine is: once in a while one needs another try."""
     for tries_left in (2, 1, 0):
         try:
-            return cluster.add_node(wait=False, **NODE, **node)
+            cluster.add_node(wait=False, **NODE, **node)
+            return
         except Exception as error:
             if "timed out during startup" not in str(error) or not tries_left:
                 raise
