@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes, each of which takes whole files, since files share fixtures that cost much.
 PYTEST := .venv/bin/pytest --numprocesses 2 --dist loadfile
-# Beside another cluster on the machine its six nodes do not come up in the 30 seconds that Ray gives them.
-ALONE := tests/end_to_end/test_cluster_check.py
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -32,8 +30,7 @@ test: $(STAMP)  ## the tests, without the slow ones (under 12 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs
-	$(PYTEST) -m slow --ignore $(ALONE)
-	$(BIN)/pytest -m slow $(ALONE)
+	$(PYTEST) -m slow
 
 check: $(STAMP)  ## ruff, format, types, import rules, tests: what CI runs
 	$(BIN)/ruff check .
