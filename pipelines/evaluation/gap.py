@@ -19,13 +19,12 @@ import torch
 from infra.progress import OnProgress
 from pipelines.evaluation.evaluate import EvaluateSettings, Scores, score_clips
 from pipelines.evaluation.significance import Hits, difference
-from pipelines.training.job import load_model
-from pipelines.training.precision import resolve_precision
 from pipelines.training.settings import TrainSettings
+from pipelines.training.trained import open_network
 from pipelines.training.validation import unnormalised
 from preprocessing.clips import write_views
 from preprocessing.loader import Batch
-from preprocessing.reader import FrameReader, ShardSplit, StoredVideo, open_shards
+from preprocessing.reader import FrameReader, ShardSplit, StoredVideo
 from preprocessing.transforms import Frame, centre_crop, clip_rng, draw_flip, draw_train_crop
 from preprocessing.views import FrameSampling, NumClips, NumCrops, View, spread_views
 
@@ -88,18 +87,17 @@ def measure_gap(
         else `top1` (the difference to the step before), `interval` (95 %) and `separable` from the noise of clips.
 
     Raises:
-        DataError: as `load_model` and `open_shards`, and if no clip has a label.
+        DataError: as `open_network`, and if no clip has a label.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, train, _ = load_model(model_dir)
-    model.to(device)
-    shards = open_shards(shards_place, settings.split)
-    precision = resolve_precision(train.precision, device)
+    network = open_network(model_dir, shards_place, settings.split)
+    model, shards = network.model, network.shards
     rows: list[dict[str, Any]] = []
     before: Hits | None = None
     for number, step in enumerate(STEPS, start=1):
         prepare = None if step.normalised else (lambda clips: unnormalised(model, model.prepare(clips)))
-        scores = score_clips(model, StepBatches(shards, train, step, settings), device, precision, prepare=prepare)
+        scores = score_clips(
+            model, StepBatches(shards, network.train, step, settings), network.device, network.precision, prepare=prepare
+        )
         summary = scores.summarise(shards.label_names)
         hits = _hits(scores)
         rows.append(

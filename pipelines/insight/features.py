@@ -3,25 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from infra import cluster
-from infra.errors import DataError, PipelineError
+from infra.errors import PipelineError
 from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.insight.subject import Subject, take_rows
-from pipelines.training.job import evaluation_loader, load_model
+from pipelines.training.job import evaluation_loader
 from pipelines.training.scoring import NUM_THREADS, plan_workers
-from preprocessing.loader import Loader
-from preprocessing.reader import open_shards
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.classifier import VideoClassifier
-    from pipelines.training.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -39,58 +30,16 @@ class ClipFeatures:
     vectors: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class OpenNetwork:
-    """A trained network where it computes, and the clips that it is shown.
-
-    Attributes:
-        model: in evaluation mode, on `device`, every weight from the file.
-        loader: batches of the chosen clips, in the order of their rows.
-        device: a GPU where this process has one.
-        precision: the type in which convolutions are computed.
-    """
-
-    model: "VideoClassifier"
-    loader: Loader
-    device: "torch.device"
-    precision: "Precision"
-
-
-def open_network(model_dir: Path, shards_place: str, settings: EvaluateSettings, rows: Sequence[int]) -> OpenNetwork:
-    """Load a network and open some clips of a split for it, in this process.
-
-    Args:
-        model_dir: as `save_model` wrote it.
-        shards_place: of the clips.
-        settings: `split`, `protocol`, and how many clips at a time.
-        rows: of the split.
-
-    Raises:
-        DataError: as `load_model`, and if the network was trained for other labels.
-    """
-    import torch
-
-    from pipelines.training.precision import resolve_precision
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, train, facts = load_model(model_dir)
-    split = open_shards(shards_place, settings.split)
-    if split.label_passport != facts["label_passport"]:
-        raise DataError(
-            f"{model_dir} was trained for labels {facts['label_passport']}, {shards_place} has labels {split.label_passport}; "
-            "explain it on shards with the same label list"
-        )
-    loader = evaluation_loader(take_rows(split, rows), train, settings)
-    return OpenNetwork(model.to(device), loader, device, resolve_precision(train.precision, device))
-
-
 def embed_clips(
     model_dir: Path, shards_place: str, settings: EvaluateSettings, rows: Sequence[int], num_threads: int | None = None
 ) -> ClipFeatures:
     """The vectors of some clips, in the order of their rows, computed in this process.
 
     Args:
-        model_dir, shards_place, settings, rows: as `open_network` takes them; of one view a clip.
+        model_dir: as `save_model` wrote it.
+        shards_place: of the clips.
+        settings: `split`, `protocol` (of one view a clip), and how many clips at a time.
+        rows: of the split.
         num_threads: of torch; None leaves them alone.
 
     Raises:
@@ -100,14 +49,16 @@ def embed_clips(
     import torch
 
     from pipelines.training.precision import autocast
+    from pipelines.training.trained import open_network
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    network = open_network(model_dir, shards_place, settings, rows)
+    network = open_network(model_dir, shards_place, settings.split, purpose="explain it")
+    loader = evaluation_loader(take_rows(network.shards, rows), network.train, settings)
     keys: list[str] = []
     vectors, labels = [], []
     with torch.inference_mode(), autocast(network.precision, network.device):
-        for batch in network.loader:
+        for batch in loader:
             clips = network.model.prepare(batch.clips.to(network.device, non_blocking=True))
             vectors.append(network.model.embed(clips).float().cpu())
             labels.append(batch.labels)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,16 @@ from pipelines.evaluation.evaluate import EvaluateSettings
 from pipelines.evaluation.films import SHOWN_PIXELS, SlotFilm, slot_films
 from pipelines.evaluation.grad_cam import grad_cam
 from pipelines.insight.examples import Judgement, judge, most_wrong
-from pipelines.insight.features import OpenNetwork, open_network
-from pipelines.insight.subject import Subject, spread_places
+from pipelines.insight.subject import Subject, spread_places, take_rows
+from pipelines.training.job import evaluation_loader
 from pipelines.training.scoring import NUM_THREADS, plan_workers
 from preprocessing.clips import centre_clip
 from preprocessing.decode import DecodedVideo
+from preprocessing.loader import Loader
 from preprocessing.reader import FrameReader
+
+if TYPE_CHECKING:
+    from pipelines.training.trained import TrainedNetwork
 
 _MAX_MEASURED = 64
 """So many clips, evenly spread, are enough for means of gates and attention."""
@@ -122,7 +127,9 @@ def look_inside(
     """Look into a network while it sees some clips, in this process.
 
     Args:
-        model_dir, shards_place, settings: as `open_network` takes them; of one view a clip.
+        model_dir: as `save_model` wrote it.
+        shards_place: of the clips.
+        settings: `split`, `protocol` (of one view a clip), and how many clips at a time.
         shown: rows of the split, of clips to be drawn beside each other.
         measured: rows of clips over which means are taken; at least one.
         num_threads: of torch; None leaves them alone.
@@ -132,15 +139,24 @@ def look_inside(
     """
     import torch
 
+    from pipelines.training.trained import open_network
+
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    gates, attention = _measure(open_network(model_dir, shards_place, settings, measured))
+    network = open_network(model_dir, shards_place, settings.split, purpose="explain it")
+
+    def loader(rows: Sequence[int]) -> Loader:
+        return evaluation_loader(take_rows(network.shards, rows), network.train, settings)
+
+    gates, attention = _measure(network, loader(measured))
     rows = [row for pair in shown for row in pair]
-    clips = iter(_look_at(open_network(model_dir, shards_place, settings, rows)) if rows else ())
+    clips = iter(_look_at(network, loader(rows)) if rows else ())
     return Inside([[next(clips) for _ in pair] for pair in shown], len(measured), gates, attention)
 
 
-def _measure(network: OpenNetwork) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, tuple[float, float]]]:
+def _measure(
+    network: "TrainedNetwork", loader: Loader
+) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, tuple[float, float]]]:
     """`gates` and `attention` of `Inside`, over the clips of the loader."""
     import torch
 
@@ -150,7 +166,7 @@ def _measure(network: OpenNetwork) -> tuple[dict[str, npt.NDArray[np.float64]], 
     opened: dict[str, list[npt.NDArray[np.float64]]] = {}
     spreads: dict[str, list[float]] = {}
     gammas: dict[str, float] = {}
-    for batch in network.loader:
+    for batch in loader:
         clips = network.model.prepare(batch.clips.to(network.device))
         with torch.inference_mode(), autocast(network.precision, network.device):
             _, maps = attention_maps(network.model, clips)
@@ -164,14 +180,14 @@ def _measure(network: OpenNetwork) -> tuple[dict[str, npt.NDArray[np.float64]], 
     return gates, {name: (gammas[name], float(np.mean(values))) for name, values in spreads.items()}
 
 
-def _look_at(network: OpenNetwork) -> list[ClipInside]:
+def _look_at(network: "TrainedNetwork", loader: Loader) -> list[ClipInside]:
     """Each clip of the loader, in its order."""
     import torch
 
     from models.insight import attention_maps
     from pipelines.training.precision import autocast
 
-    loader, reader = network.loader, FrameReader(network.loader.shards)
+    reader = FrameReader(loader.shards)
     found: list[ClipInside] = []
     for batch in loader:
         prepared = network.model.prepare(batch.clips.to(network.device))

@@ -239,28 +239,20 @@ def score_part(
 
     from pipelines.evaluation.evaluate import score_clips
     from pipelines.evaluation.protocols import find_protocol
-    from pipelines.training.precision import resolve_precision
+    from pipelines.training.trained import open_network
     from pipelines.training.validation import unnormalised
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, train, facts = load_model(model_dir)
-    shards = open_shards(shards_place, settings.split)
-    if shards.label_passport != facts["label_passport"]:
-        raise DataError(
-            f"{model_dir} was trained for labels {facts['label_passport']}, {shards_place} has labels {shards.label_passport}; "
-            "evaluate on shards with the same label list"
-        )
-    loader = evaluation_loader(shards, train, settings)
+    network = open_network(model_dir, shards_place, settings.split)
+    model, loader = network.model, evaluation_loader(network.shards, network.train, settings)
     first, stop = (len(loader) * end // num_parts for end in (part, part + 1))
-    model.to(device)
     as_published = find_protocol(settings.protocol).seed_code
     return score_clips(
         model,
         _Steps(loader, first, stop),
-        device,
-        resolve_precision(train.precision, device),
+        network.device,
+        network.precision,
         prepare=(lambda clips: unnormalised(model, model.prepare(clips))) if as_published else None,
     )
 
