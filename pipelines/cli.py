@@ -190,17 +190,25 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     pages = [result.artifact for result in outcome.stages if result.name in ("report", "compare") and result.artifact]
     for page in pages:
         print(f"report:    {page.path / 'index.html'}")
-    ui = "sagsm ui" if request.workdir == Path("work").absolute() else f"sagsm ui --workdir {request.workdir}"
-    if outcome.mlflow_path:
-        print(f"MLflow:    {ui}   then http://127.0.0.1:5000/{outcome.mlflow_path.lstrip('/')}")
-    else:
-        print(f"MLflow:    {ui}")
+    print(f"MLflow:    {_where_runs_are(request.workdir, outcome.mlflow_path)}")
     if request.comparison is None:
         more = f"search.num_trials={request.config.search.num_trials + 4}"
     else:
         more = f"seeds={json.dumps([*request.comparison.seeds, max(request.comparison.seeds) + 1], separators=(',', ':'))}"
     others = [assignment for assignment in set_ or [] if assignment.partition("=")[0] != more.partition("=")[0]]
     print(f"next:      {_command('run', request.experiment, [*others, more], None, request.workdir)}")
+
+
+def _where_runs_are(workdir: Path, page: str | None) -> str:
+    """The address of the pipeline's run, and unless a server shows it, what does; `page` is None if nothing ran."""
+    from infra.tracking import tracking_uri
+
+    page = (page or "").lstrip("/")
+    uri = tracking_uri(workdir)
+    if uri.startswith(("http://", "https://")):
+        return f"{uri.rstrip('/')}/{page}"
+    ui = "sagsm ui" if workdir == Path("work").absolute() else f"sagsm ui --workdir {workdir}"
+    return f"{ui}   then http://127.0.0.1:5000/{page}" if page else ui
 
 
 def _print_trials(rows: list[dict[str, Any]]) -> None:

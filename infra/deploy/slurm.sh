@@ -38,6 +38,8 @@ python -c 'import secrets; print(secrets.token_hex(32))' > "$token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 # As infra/cluster.py has it for a cluster of its own.
 export RAY_task_oom_retries=3 RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0
+# Closes the ports of Ray's metrics, which ask for no token.
+export RAY_enable_metrics_collection=0 DASHBOARD_METRIC_PORT=-1 AUTOSCALER_METRIC_PORT=-1
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 # of a cold shared disk; Ray's own 30 s are short
 export RAY_TMPDIR=/tmp/ray-$SLURM_JOB_ID          # on the node's own disk, and short: sockets have names of 107 characters
 

@@ -180,14 +180,16 @@ def _attempt(
 
 def _make_trainer(name: str, plan: WorkerPlan, storage_dir: Path, config: dict[str, Any]) -> Any:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.training.meeting import GuardedTorchConfig
 
     for variable, value in _RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     return TorchTrainer(
         _run_worker,  # type: ignore[arg-type]  # the stubs are those of Train V1: no return value
         train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
+        torch_config=GuardedTorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.bundle
         ),

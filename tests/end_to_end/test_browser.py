@@ -96,9 +96,9 @@ def names(page):
 def test_the_link_of_sagsm_ui_opens_the_pipelines_with_their_stages(reviewer, demo):
     page = reviewer.open(reviewer.runs)
     page.get_by_role("link", name="p01 demo").wait_for()
-    assert page.get_by_role("link", name="sagsm-something_v1").first.is_visible()
-    assert page.get_by_role("heading", name="Runs").is_visible()  # of the mode "Model training"; GenAI has "Overview"
-    assert page.get_by_text("each says what came out").is_visible()
+    page.get_by_role("link", name="sagsm-something_v1").first.wait_for()
+    page.get_by_role("heading", name="Runs").wait_for()  # of the mode "Model training"; GenAI has "Overview"
+    page.get_by_text("each says what came out").wait_for()
     stages = [f"{stage['name']} p01" for stage in demo.document["stages"]]
     page.get_by_text(f"{1 + len(stages)} matching runs").wait_for()
     page.locator(".ag-row button").first.click()
@@ -118,7 +118,7 @@ def test_the_pipeline_says_what_came_out_with_a_picture(reviewer, demo):
     page.get_by_text("Show more").click()
     assert note.locator("img").evaluate(LOADED) > 0
     for stage in demo.document["stages"]:
-        assert page.get_by_role("link", name=f"{stage['name']} p01").is_visible()
+        page.get_by_role("link", name=f"{stage['name']} p01").wait_for()
     reviewer.keep("pipeline")
 
 
@@ -126,7 +126,7 @@ def test_training_has_its_curves_with_what_is_looked_at_first_on_top(reviewer, d
     page = reviewer.open_run(demo.run_id_of("train"), "/model-metrics")
     for chart in ("train/loss", "train/lr", "train/top1", "val/loss", "val/top1"):
         page.locator(f"{CARD} h4[title='{chart}']").wait_for()
-    assert page.locator(f"{CARD} .js-line").count() >= 3  # they are drawn
+    page.locator(f"{CARD} .js-line").nth(2).wait_for(state="attached")  # they are drawn
     sections = [text.split()[0] for text in page.locator(SECTION).all_inner_texts()]
     assert sections[:4] == ["train", "val", "weights", "work"]
     reviewer.keep("charts")
@@ -158,8 +158,8 @@ def test_the_registered_model_has_an_alias_and_a_card(reviewer):
     note = page.locator(NOTE)
     note.get_by_text("sagsm predict --model models:/sagsm-demo@newest clip.mp4").wait_for()
     assert {"Data", "Numbers", "Limits"} <= set(note.locator("h2").all_inner_texts())
-    assert page.get_by_text("@ newest").is_visible()
-    assert page.get_by_role("link", name="report p01").is_visible()
+    page.get_by_text("@ newest").wait_for()
+    page.get_by_role("link", name="report p01").wait_for()
     reviewer.keep("model")
 
 

@@ -106,6 +106,8 @@ def copy_problems(text: str, ignore: str) -> Iterator[str]:
     seen = {line[1:].removesuffix("/**") for line in lines if line.startswith("!")}
     yield from (f"Dockerfile.dockerignore: hides {name}" for name in sorted(wanted - seen))
     yield from (f"Dockerfile.dockerignore: shows {name}" for name in sorted(seen - wanted))
+    if lines[-2:] != ["**/__pycache__", "**/*.pyc"]:
+        yield "Dockerfile.dockerignore: expected **/__pycache__ and **/*.pyc last, so that no bytecode comes along"
 
 
 def test_the_files_are_right():
@@ -120,6 +122,7 @@ def test_the_image_has_what_constraints_txt_has():
     assert any(requirement.startswith("ray[") for requirement in PROJECT["project"]["dependencies"])
 
 
+STRANGERS = (".git", ".env", "tests", "mlflow.env", "user.json")
 MISTAKES = [
     ("Dockerfile", "python:3.11.14-slim-bookworm", "python:latest", "latest"),
     ("Dockerfile", "python:3.11.14-slim-bookworm", "python", "tag"),
@@ -163,11 +166,21 @@ MISTAKES = [
     ("Dockerfile.dockerignore", "*\n!.rayignore", "!.rayignore", "begin with *"),
     ("Dockerfile.dockerignore", "!tuning/**\n", "", "hides tuning"),
     ("Dockerfile.dockerignore", "!tuning/**\n", "!tuning/**\n!work/**\n", "shows work"),
+    ("Dockerfile.dockerignore", "\n*\n", "\n", "begin with *"),
+    ("Dockerfile.dockerignore", "\n*\n", "\n**/*.py\n", "begin with *"),
+    ("Dockerfile.dockerignore", "\n*\n", "\n!*\n", "begin with *"),
+    *[("Dockerfile.dockerignore", f"!{name}\n", "", f"hides {name}") for name in (".rayignore", "README.md", "pyproject.toml")],
+    *[("Dockerfile.dockerignore", f"!{name}", f"!{name}s", f"hides {name}") for name in ("constraints.txt", "README.md")],
+    *[("Dockerfile.dockerignore", f"!{name}/**", f"{name}/**", f"hides {name}") for name in ("infra", "models", "pipelines")],
+    *[("Dockerfile.dockerignore", "!tuning/**", f"!tuning/**\n!{name}", f"shows {name}") for name in STRANGERS],
+    *[("Dockerfile.dockerignore", word, "", "no bytecode") for word in ("**/__pycache__", "**/*.pyc")],
 ]
 
 
 @pytest.mark.parametrize(
-    "name, right, wrong, said", MISTAKES, ids=[f"{name}: {wrong.strip()[:40]}" for name, _, wrong, _ in MISTAKES]
+    "name, right, wrong, said",
+    MISTAKES,
+    ids=[f"{name}: {(wrong.strip() or right.strip())[:40]}" for name, right, wrong, _ in MISTAKES],
 )
 def test_a_mistake_is_found(name, right, wrong, said):
     assert right in TEXTS[name]

@@ -193,6 +193,20 @@ MISTAKES = [
     ("basic_auth.ini", "default_permission", "default_permissions", "default_permissions is no setting"),
     ("basic_auth.ini", "[mlflow]", "[mlflow", "mlflow"),
     ("basic_auth.ini", "[mlflow]", "[auth]", "default_permission is None"),
+    ("basic_auth.ini", "[mlflow]\n", "", "no section headers"),
+    ("basic_auth.ini", "[mlflow]", "[MLFLOW]", "default_permission is None"),
+    ("basic_auth.ini", "default_permission = READ", "default_permission = EDIT", "default_permission is 'EDIT'"),
+    ("basic_auth.ini", "default_permission = READ", "default_permission = read", "default_permission is 'read'"),
+    ("basic_auth.ini", "default_permission = READ", "default_permission", "parsing errors"),
+    ("basic_auth.ini", "default_permission = READ", "default_permission =", "default_permission is ''"),
+    ("basic_auth.ini", "default_permission = READ\n", "", "default_permission is None"),
+    ("basic_auth.ini", "admin_username = admin", "admin_username = me@example", "admin_username is 'me@example'"),
+    ("basic_auth.ini", "admin_username = admin", "admin_user = admin", "admin_user is no setting"),
+    ("basic_auth.ini", "admin_username = admin\n", "admin_username = admin\n" * 2, "already exists"),
+    ("basic_auth.ini", "postgresql+psycopg:///mlflow", "sqlite:///basic_auth.db", "database_uri is 'sqlite"),
+    ("basic_auth.ini", "postgresql+psycopg:///mlflow", "postgresql+psycopg://postgres/mlflow", "database_uri"),
+    ("basic_auth.ini", "authorization_function =", "authorisation_function =", "authorisation_function is no setting"),
+    ("basic_auth.ini", "authenticate_request_basic_auth", "authenticate_request", "authorization_function is"),
 ]
 
 

@@ -68,6 +68,10 @@ def rule_problems(config: dict) -> Iterator[str]:
             continue
         if "RAY_AUTH_MODE=token" not in starts[0] + options:
             yield f"{name}: no token: who reaches the cluster can run anything on it"
+        if provider["type"] == "local":  # on Amazon the security group keeps others out
+            closed = ["RAY_enable_metrics_collection=0"]
+            closed += ["DASHBOARD_METRIC_PORT=-1", "AUTOSCALER_METRIC_PORT=-1"] if name.startswith("head") else []
+            yield from (f"{name}: Ray's metrics are open to all, without {word}" for word in closed if word not in starts[0])
         wanted = ["--head", "--port=6379", "--dashboard-host=127.0.0.1", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
         for word in wanted if name.startswith("head") else ["--address=$RAY_HEAD_IP:6379"]:
             if word not in starts[0]:
@@ -172,8 +176,8 @@ MISTAKES = [
     ("machines.yaml", "  ~/.ray/auth_token: ~/.ray/auth_token\n", "", "as a file"),
     (
         "machines.yaml",
-        "    RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_worker_niceness=0\n",
-        "    ",
+        "    RAY_AUTH_MODE=token RAY_task_oom_retries=3 RAY_worker_niceness=0 RAY_enable",
+        "    RAY_enable",
         "worker_start_ray_commands: no token",
     ),
     ("machines.yaml", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled", "head_start_ray_commands: no token"),
@@ -189,6 +193,9 @@ MISTAKES = [
         "is not of type 'string'",
     ),
     ("machines.yaml", "cluster_name: sagsm", "cluster_name: 1", "1 is not of type 'string'"),
+    ("machines.yaml", "RAY_enable_metrics_collection=0 DASH", "DASH", "without RAY_enable_metrics_collection=0"),
+    ("machines.yaml", "DASHBOARD_METRIC_PORT=-1", "DASHBOARD_METRIC_PORT=44227", "without DASHBOARD_METRIC_PORT=-1"),
+    ("machines.yaml", " AUTOSCALER_METRIC_PORT=-1", "", "without AUTOSCALER_METRIC_PORT=-1"),
 ]
 
 
