@@ -79,11 +79,12 @@ def gap(
     from pipelines.artifacts import shards_place
     from pipelines.evaluation.gap import measure_gap
     from pipelines.evaluations import find_evaluation, make_page_folder
+    from pipelines.leases import in_use
     from pipelines.reports.gap import gap_verdict, write_gap
 
     found = find_evaluation(workdir, run)
     folder = make_page_folder(output or workdir.absolute() / "gaps" / found.evaluate.fingerprint)
-    with StageProgress() as progress:
+    with in_use([found.evaluate], "sagsm gap"), StageProgress() as progress:
         place, settings = shards_place(found.shards), found.config.evaluate
         rows = measure_gap(found.train.path / "model", place, settings, progress.for_stage("gap"))
     about = {"network": found.config.model.name, "train": found.train.fingerprint, "evaluate": found.evaluate.fingerprint}

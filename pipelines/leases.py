@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from infra.errors import PipelineError
 from infra.provenance import this_process
 from infra.storage import canonical_json, locked_folder
+from pipelines.artifacts import Artifact, is_artifact
 
 Key = tuple[str, str]
 """A stage and a fingerprint."""
@@ -53,6 +54,23 @@ def lease(root: Path, uses: Iterable[Key], by: str) -> Iterator[None]:
         else:
             stack.callback(os.close, descriptor)
             stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+@contextmanager
+def in_use(artifacts: Iterable[Artifact], by: str) -> Iterator[None]:
+    """Keep finished artifacts, of whichever stores, from being removed while the block runs.
+
+    Raises:
+        PipelineError: as `lease`, and if one was removed a moment ago.
+    """
+    found = list(artifacts)
+    with ExitStack() as stack:
+        for artifact in found:
+            stack.enter_context(lease(artifact.path.parents[1], [(artifact.stage, artifact.fingerprint)], by))
+        for artifact in found:
+            if not is_artifact(artifact.path):
+                raise PipelineError(f"{artifact.path} was removed a moment ago; expected it to stay; run its experiment again")
         yield
 
 

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,13 +68,24 @@ def predict(
 def _files(model: str, workdir: Path) -> Iterator[Path]:
     """The folder of the network's files; those of a registered one are fetched for as long as the block lasts."""
     if not model.startswith("models:/"):
-        yield Path(model)
+        with _in_use(Path(model)):
+            yield Path(model)
         return
     from infra.tracking import download_model, tracking_uri
 
     # In the work directory, since workers on other nodes must see them too.
     with tempfile.TemporaryDirectory(prefix=".tmp-model-", dir=workdir if workdir.is_dir() else None) as folder:
         yield download_model(tracking_uri(workdir), model, Path(folder))
+
+
+def _in_use(model: Path) -> AbstractContextManager[None]:
+    """Of a network that lies in a store: keeps it from being removed."""
+    from pipelines.artifacts import Artifact, is_artifact
+    from pipelines.leases import in_use
+
+    folder = model.absolute().parent
+    made = [Artifact(folder.parent.name, folder.name, folder, {})] if is_artifact(folder) else []
+    return in_use(made, "sagsm predict")
 
 
 def _require_one_video_a_film(film: Path | None, videos: list[Path], output: Path | None) -> None:

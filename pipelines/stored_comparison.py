@@ -15,6 +15,7 @@ from infra.storage import sha256_json
 from pipelines.comparison import Published, Trained, Training
 from pipelines.config import ExperimentConfig
 from pipelines.evaluations import Evaluation, find_evaluation, make_page_folder
+from pipelines.leases import in_use
 from pipelines.reproduction import Band
 
 _SEED = re.compile(r":s\d+$")
@@ -79,9 +80,10 @@ def compare_runs(workdir: Path, runs: Sequence[str], output_dir: Path | None = N
     if len(set(fingerprints)) < max(2, len(runs)):
         raise ConfigError(f"RUNs are the evaluations {', '.join(fingerprints)}; expected at least two, each of them once")
     comparison, trained = gather(evaluations)
-    results = compare_trained(comparison, trained)
-    folder = make_page_folder(output_dir or workdir.absolute() / "comparisons" / sha256_json(fingerprints)[:_HASH_DIGITS])
-    return results, write_comparison(folder, f"sagsm: {', '.join(comparison.variants)}", comparison, trained, results)
+    with in_use([evaluation.evaluate for evaluation in evaluations], "sagsm compare"):
+        results = compare_trained(comparison, trained)
+        folder = make_page_folder(output_dir or workdir.absolute() / "comparisons" / sha256_json(fingerprints)[:_HASH_DIGITS])
+        return results, write_comparison(folder, f"sagsm: {', '.join(comparison.variants)}", comparison, trained, results)
 
 
 def gather(evaluations: Sequence[Evaluation]) -> tuple[StoredComparison, list[Trained]]:

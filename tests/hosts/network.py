@@ -41,13 +41,16 @@ class Host:
     namespace: str
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
+    _programs: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, *command: str | Path, log: str, **environment: str) -> subprocess.Popen[bytes]:
         """A program on this host; what it prints is appended to the file `log` of its folder."""
         with (self.folder / log).open("ab") as file:
-            return subprocess.Popen(
+            program = subprocess.Popen(
                 self._entering(command), env=self._variables(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
+        self._programs.append(program)
+        return program
 
     def run(self, *command: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """A program on this host, waited for; its output is kept."""
@@ -68,6 +71,8 @@ class Host:
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             time.sleep(0.05)
+        while self._programs:
+            self._programs.pop().wait()
 
     def listening(self) -> dict[int, str]:
         """The TCP ports that are open on this host, and the addresses at which they are."""
