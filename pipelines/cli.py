@@ -140,7 +140,8 @@ def run(
         with interruptible(), StageProgress() as progress:
             outcome = run_experiment(request, progress)
     except Interrupted as interrupt:
-        print(f"stopped by {interrupt}; go on with: {_command('run', experiment, set_, only, workdir)}", file=sys.stderr)
+        again = _command(experiment, set_, only, workdir, address)
+        print(f"stopped by {interrupt}; go on with: {again}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(128 + interrupt.number)  # stage threads may hang in a call to the cluster that is gone
     if as_json:
@@ -196,7 +197,7 @@ def _print_outcome(outcome: Any, request: Any, set_: list[str] | None) -> None:
     else:
         more = f"seeds={json.dumps([*request.comparison.seeds, max(request.comparison.seeds) + 1], separators=(',', ':'))}"
     others = [assignment for assignment in set_ or [] if assignment.partition("=")[0] != more.partition("=")[0]]
-    print(f"next:      {_command('run', request.experiment, [*others, more], None, request.workdir)}")
+    print(f"next:      {_command(request.experiment, [*others, more], None, request.workdir, request.address)}")
 
 
 def _where_runs_are(workdir: Path, page: str | None) -> str:
@@ -290,14 +291,16 @@ def _forecast(request: Any, wanted: bool, cpus: list[int] | None) -> tuple[dict[
     return estimate_document(found, numbers), estimate_text(found, numbers)
 
 
-def _command(verb: str, experiment: str, set_: list[str] | None, only: str | None, workdir: Path) -> str:
+def _command(experiment: str, set_: list[str] | None, only: str | None, workdir: Path, address: str | None) -> str:
     import shlex
 
-    parts = ["sagsm", verb, experiment]
+    parts = ["sagsm", "run", experiment]
     for assignment in set_ or []:
         parts += ["--set", assignment]
     if only:
         parts += ["--only", only]
     if workdir != Path("work") and workdir != Path("work").absolute():
         parts += ["--workdir", str(workdir)]
+    if address:
+        parts += ["--address", address]
     return shlex.join(parts)

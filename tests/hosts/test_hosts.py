@@ -171,7 +171,8 @@ def test_the_pipeline_runs_on_hosts_with_its_shards_and_checkpoints_in_a_bucket(
     assert "step-" in keys
     assert [int(step) for name, step, _ in run.metrics() if name == "val/top1"] == list(range(SETTINGS["train.epochs"]))
     assert len(set(run.ledgers())) == 1  # each epoch has shown each clip once
-    assert f"http://{site.tracking.address}:{MLFLOW_PORT}/#/experiments/" in run.log
+    assert f"\nMLflow:    http://{site.tracking.address}:{MLFLOW_PORT}/#/experiments/" in run.log
+    assert f"--address {site.head.address}:{GCS_PORT}" in run.log.rpartition("\nnext:")[2]
 
 
 _KEYS = """
