@@ -321,4 +321,9 @@ def _causes(failures: Mapping[int, Exception]) -> str:
     """What happened to which rank, the likeliest cause first."""
     # When a rank is lost, the others fail in their collectives with a RuntimeError.
     causes = sorted(failures.items(), key=lambda item: (isinstance(item[1], RuntimeError), item[0]))
-    return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, cause in causes)
+    real = [(rank, getattr(cause, "health_check_failure", cause)) for rank, cause in causes]  # Ray's own is pages long
+    return "; ".join(f"rank {rank}: {type(cause).__name__}: {_first_line(cause)}" for rank, cause in real)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
