@@ -74,6 +74,10 @@ class Host:
         while self._programs:
             self._programs.pop().wait()
 
+    def runs(self, name: str) -> bool:
+        """Whether a program with this in its command line is running there."""
+        return any(name in _command_line(pid) for pid in _output("ip", "netns", "pids", self.namespace).split())
+
     def listening(self) -> dict[int, str]:
         """The TCP ports that are open on this host, and the addresses at which they are."""
         found: dict[int, str] = {}
@@ -137,6 +141,12 @@ class Network:
         """What the programs have printed, for a message."""
         for host in self.hosts.values():
             yield from sorted(host.folder.glob("*.log"))
+
+
+def _command_line(pid: str) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""  # it has just ended
 
 
 def _ip(*arguments: str) -> None:
