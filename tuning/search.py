@@ -196,9 +196,9 @@ class _Watcher(tune.Callback):
     def take_stock(self) -> None:
         """Settle what an earlier run left behind and read what it has finished."""
         for trial in settle_interrupted(self._searcher.study):
-            self._emit(
-                TrialEvent("ended", trial.number, overrides_in(trial), {}, len(trial.intermediate_values), "interrupted")
-            )
+            overrides = overrides_in(trial)
+            if overrides:  # else it was killed before it had any, and nobody was told of it
+                self._emit(TrialEvent("ended", trial.number, overrides, {}, len(trial.intermediate_values), "interrupted"))
         self.records = read_records(self._searcher.study)
         self._save()
         self.remove_scratch()

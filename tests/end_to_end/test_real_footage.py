@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2800)]
 
 SAGSM = str(Path(sys.executable).with_name("sagsm"))
 FOOTAGE = Path(__file__).resolve().parents[3] / "shared" / "data" / "real_mini"
@@ -17,7 +17,7 @@ needs_footage = pytest.mark.skipif(not FOOTAGE.is_dir(), reason="the real footag
 
 def run(experiment, root, workdir):
     arguments = ["run", experiment, "--set", f"dataset.root={root}", "--workdir", str(workdir), "--json"]
-    done = subprocess.run([SAGSM, *arguments], capture_output=True, text=True, timeout=1700, check=False)
+    done = subprocess.run([SAGSM, *arguments], capture_output=True, text=True, timeout=2700, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert {stage["status"] for stage in document["stages"]} == {"ran"}

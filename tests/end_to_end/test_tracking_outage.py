@@ -11,9 +11,9 @@ import pytest
 
 from infra.tracking_spool import encode
 
-EPOCHS = int(os.environ.get("SAGSM_TEST_EPOCHS", "60"))
+EPOCHS = int(os.environ.get("SAGSM_TEST_EPOCHS", "40"))
 AWAY_SECONDS = float(os.environ.get("SAGSM_TEST_AWAY_SECONDS", "0"))  # 300 is run by hand, with 1000 epochs
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 3 * AWAY_SECONDS)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500 + 3 * AWAY_SECONDS)]
 SETTINGS = [
     "dataset.synthetic.num_train=16",
     "dataset.synthetic.num_validation=8",

@@ -131,9 +131,13 @@ def test_an_error_of_the_callback_stops_the_search_and_costs_no_finished_trial(c
     assert seen[-1].number == 1
 
     seen.clear()
+    with open_storage(tmp_path) as storage:
+        study = optuna.load_study(study_name="search", storage=storage)
+        study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING))  # killed before it had settings
     result = run_search(objective, settings(num_trials=3), storage_dir=tmp_path, on_event=seen.append)
     assert (seen[0].kind, seen[0].number, seen[0].state) == ("ended", 1, "interrupted")
-    assert [(record.number, record.placement) for record in result.trials] == [(0, "none"), (2, "5a,5b"), (3, "all")]
+    assert [(record.number, record.placement) for record in result.trials] == [(0, "none"), (2, "5a,5b"), (4, "all")]
+    assert {event.number for event in seen} == {1, 2, 4}
     assert "RUNNING" not in optuna_states(tmp_path)
 
 
