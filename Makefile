@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test test-slow test-hosts check pictures bench format clean
+.PHONY: help setup packages demo test test-slow test-long check pictures bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,11 +29,11 @@ demo: $(STAMP)  ## the whole pipeline on generated videos: shards, search, train
 test: $(STAMP)  ## the tests, without the slow ones (under 12 minutes on 2 cores)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs (under an hour on 2 cores)
-	$(PYTEST) -m slow --ignore tests/hosts
+test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs (an hour on 2 cores)
+	$(PYTEST) -m "slow and not long"
 
-test-hosts: $(STAMP)  ## the pipeline on hosts of its own: network namespaces, PostgreSQL, S3 (as root, under 20 minutes)
-	$(BIN)/pytest -m slow tests/hosts
+test-long: $(STAMP)  ## the pipeline on hosts in network namespaces, real dives learned (as root, half an hour)
+	$(BIN)/pytest -m long
 
 check: $(STAMP)  ## ruff, format, types, import rules, tests: what CI runs
 	$(BIN)/ruff check .

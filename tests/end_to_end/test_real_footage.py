@@ -36,6 +36,7 @@ def test_something_v1(tmp_path):
     assert 0 <= results["top1"] <= results["top5"] <= 1
 
 
+@pytest.mark.long
 @needs_footage
 def test_diving48_is_learned(tmp_path):
     results, ledger = run("diving48_smoke", FOOTAGE / "diving48", tmp_path)

@@ -20,7 +20,7 @@ from infra.storage import sha256_file
 from tests.hosts.conftest import BIN, GCS_PORT, MLFLOW_PORT, Site, wait_until
 from tests.hosts.network import Host
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3000)]
 
 SETTINGS = {
     "dataset.synthetic.num_train": 48,
