@@ -83,6 +83,8 @@ def check_nodes(question: Question) -> list[Node]:
                         facts["folders"][purpose] = "what it writes does not arrive here"
                 clock = _clock(probe.actor) if facts else None
                 findings = _judged(probe.name, facts, reason, clock, here, question)
+                if facts is None and not _is_alive(probe.node):
+                    findings = [Finding(probe.name, "answer", "it died while it was asked; a run goes on without it", False)]
                 found.append(_weighed(Node(probe.name, probe.node["Resources"], facts, clock, findings)))
         return found
 
@@ -187,6 +189,12 @@ def _probes() -> Iterator[list[_Probe]]:
     finally:
         for handle in actors:
             ray.kill(handle)
+
+
+def _is_alive(node: Mapping[str, Any]) -> bool:
+    import ray
+
+    return node["NodeID"] in {other["NodeID"] for other in ray.nodes() if other["Alive"]}  # type: ignore[no-untyped-call]  # Ray
 
 
 def _names(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
