@@ -29,7 +29,7 @@ demo: $(STAMP)  ## the whole pipeline on generated videos: shards, search, train
 test: $(STAMP)  ## the tests, without the slow ones (under 12 minutes on 2 cores)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs (an hour on 2 cores)
+test-slow: $(STAMP)  ## faults, clusters, browser and end-to-end runs (half an hour to one and a half on 2 cores)
 	$(PYTEST) -m "slow and not long"
 
 test-long: $(STAMP)  ## the pipeline on hosts in network namespaces, real dives learned (as root, half an hour)

@@ -99,6 +99,8 @@ class Sender:
 
     def _is_at_fault(self, entry: Entry) -> bool:
         """Whether the entry has failed several times on end, and each time MLflow could write something else right after."""
+        if entry["do"] in ("file", "image"):
+            return False
         try:
             self._client.set_experiment_tag(self._experiment_id, "write_test", entry["do"])
         except Exception:
@@ -106,7 +108,7 @@ class Sender:
             return False
         self._num_doubts = self._num_doubts + 1 if entry is self._doubted else 1
         self._doubted = entry
-        return entry["do"] not in ("file", "image") and self._num_doubts >= _DOUBTFUL_TRIES
+        return self._num_doubts >= _DOUBTFUL_TRIES
 
     def _start(self, entry: Entry) -> None:
         require_server(self._uri)  # see `send`

@@ -84,7 +84,7 @@ def gap(
 
     found = find_evaluation(workdir, run)
     folder = make_page_folder(output or workdir.absolute() / "gaps" / found.evaluate.fingerprint)
-    with in_use([found.evaluate], "sagsm gap"), StageProgress() as progress:
+    with in_use([found.evaluate.path], "sagsm gap"), StageProgress() as progress:
         place, settings = shards_place(found.shards), found.config.evaluate
         rows = measure_gap(found.train.path / "model", place, settings, progress.for_stage("gap"))
     about = {"network": found.config.model.name, "train": found.train.fingerprint, "evaluate": found.evaluate.fingerprint}

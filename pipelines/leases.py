@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from infra.errors import PipelineError
 from infra.provenance import this_process
 from infra.storage import canonical_json, locked_folder
-from pipelines.artifacts import Artifact, is_artifact
+from pipelines.artifacts import is_artifact
 
 Key = tuple[str, str]
 """A stage and a fingerprint."""
@@ -58,8 +58,12 @@ def lease(root: Path, uses: Iterable[Key], by: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_use(artifacts: Iterable[Artifact], by: str) -> Iterator[None]:
-    """Keep finished artifacts, of whichever stores, from being removed while the block runs.
+def in_use(artifacts: Iterable[Path], by: str) -> Iterator[None]:
+    """Keep finished artifacts from being removed while the block runs.
+
+    Args:
+        artifacts: their folders, in whichever stores.
+        by: as for `lease`.
 
     Raises:
         PipelineError: as `lease`, and if one was removed a moment ago.
@@ -67,10 +71,10 @@ def in_use(artifacts: Iterable[Artifact], by: str) -> Iterator[None]:
     found = list(artifacts)
     with ExitStack() as stack:
         for artifact in found:
-            stack.enter_context(lease(artifact.path.parents[1], [(artifact.stage, artifact.fingerprint)], by))
+            stack.enter_context(lease(artifact.parents[1], [(artifact.parent.name, artifact.name)], by))
         for artifact in found:
-            if not is_artifact(artifact.path):
-                raise PipelineError(f"{artifact.path} was removed a moment ago; expected it to stay; run its experiment again")
+            if not is_artifact(artifact):
+                raise PipelineError(f"{artifact} was removed a moment ago; expected it to stay; run its experiment again")
         yield
 
 

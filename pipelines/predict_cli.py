@@ -80,12 +80,11 @@ def _files(model: str, workdir: Path) -> Iterator[Path]:
 
 def _in_use(model: Path) -> AbstractContextManager[None]:
     """Of a network that lies in a store: keeps it from being removed."""
-    from pipelines.artifacts import Artifact, is_artifact
+    from pipelines.artifacts import is_artifact
     from pipelines.leases import in_use
 
     folder = model.absolute().parent
-    made = [Artifact(folder.parent.name, folder.name, folder, {})] if is_artifact(folder) else []
-    return in_use(made, "sagsm predict")
+    return in_use([folder] if is_artifact(folder) else [], "sagsm predict")
 
 
 def _require_one_video_a_film(film: Path | None, videos: list[Path], output: Path | None) -> None:

@@ -80,7 +80,7 @@ def compare_runs(workdir: Path, runs: Sequence[str], output_dir: Path | None = N
     if len(set(fingerprints)) < max(2, len(runs)):
         raise ConfigError(f"RUNs are the evaluations {', '.join(fingerprints)}; expected at least two, each of them once")
     comparison, trained = gather(evaluations)
-    with in_use([evaluation.evaluate for evaluation in evaluations], "sagsm compare"):
+    with in_use([evaluation.evaluate.path for evaluation in evaluations], "sagsm compare"):
         results = compare_trained(comparison, trained)
         folder = make_page_folder(output_dir or workdir.absolute() / "comparisons" / sha256_json(fingerprints)[:_HASH_DIGITS])
         return results, write_comparison(folder, f"sagsm: {', '.join(comparison.variants)}", comparison, trained, results)

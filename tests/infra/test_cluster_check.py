@@ -16,7 +16,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": F
 
 
 def test_a_node_that_dies_while_it_is_asked_breaks_no_run(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
+    import ray
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={**NODE, "node_name": "stays"})

@@ -7,7 +7,7 @@ import pytest
 from filelock import FileLock
 
 from infra.errors import PipelineError
-from pipelines.artifacts import MANIFEST, Artifact
+from pipelines.artifacts import MANIFEST
 from pipelines.leases import in_use, is_being_made, lease, leased, nobody_leases
 
 KEY = ("train", "a" * 16)
@@ -96,11 +96,11 @@ def test_artifacts_of_two_stores_are_in_use_or_were_removed_a_moment_ago(tmp_pat
         folder = tmp_path / name / "train" / KEY[1]
         folder.mkdir(parents=True)
         (folder / MANIFEST).write_text("{}")
-        made.append(Artifact(*KEY, folder, {}))
+        made.append(folder)
     with in_use(made, "a test"):
         assert [list(leased(tmp_path / name)) for name in ("one", "two")] == [[KEY], [KEY]]
     assert [leased(tmp_path / name) for name in ("one", "two")] == [{}, {}]
-    (made[1].path / MANIFEST).unlink()
+    (made[1] / MANIFEST).unlink()
     with pytest.raises(PipelineError, match="two/train/aaaaaaaaaaaaaaaa was removed a moment ago"), in_use(made, "a test"):
         pass
     assert leased(tmp_path / "one") == {}

@@ -33,8 +33,7 @@ NAMES = {
     "something_v1": ("20bn-something-something-v1", "20bn-something-something-v1-a{}"),
     "diving48": ("rgb", "Diving48_rgb.tar.gz"),
 }
-TOP = "20bn-something-something-v1"
-LIMIT = 1 << 22
+TOP, LIMIT = "20bn-something-something-v1", 1 << 22
 
 
 def jpeg(value: int) -> bytes:

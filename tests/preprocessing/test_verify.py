@@ -32,9 +32,8 @@ from preprocessing.verify import Problem, verify_shards
 
 SETTINGS = ShardSettings(videos_per_shard=3, max_bad_fraction=0.5)
 
-FORGETS_TO_CLOSE = pytest.mark.filterwarnings(  # webdataset does, the files that it reads
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
-)
+# webdataset does, the files that it reads
+FORGETS_TO_CLOSE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def meeting():
-    ray = pytest.importorskip("ray")
+    import ray
+
     with session(None):
         yield ray.remote(num_cpus=0)(Meeting).remote()
 
