@@ -9,12 +9,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
-from torch.export import ExportedProgram
-from torch.fx import Node
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
 _TRACED_PIXELS = 112
 
 
@@ -63,23 +64,40 @@ def fold_batch_norms(model: nn.Module, *, kernel_dtype: torch.dtype | None = Non
 
 
 def _pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """The names of each convolution whose output only a batch norm takes, and of that norm."""
+    """The names of each convolution whose output only a batch norm takes, and of that norm, seen in one forward pass."""
     num_segments = getattr(model, "num_segments", None)
     if not isinstance(num_segments, int):
         raise ValueError(f"{type(model).__name__} does not say num_segments, so it is no network of create_model")
     reference = next(model.parameters())
-    shape = (2, num_segments, 3, _TRACED_PIXELS, _TRACED_PIXELS)
-    program = torch.export.export(model, (reference.new_zeros(shape),), strict=False)
-    pairs = []
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target is torch.ops.aten.batch_norm.default:
-            conv, weight = node.args[0], node.args[1]
-            if conv.target in _CONVOLUTIONS and len(conv.users) == 1:
-                pairs.append((_owner(program, conv.args[1]), _owner(program, weight)))
-    return pairs
+    with torch.no_grad(), _Takers(model) as seen:
+        model(reference.new_zeros(1, num_segments, 3, _TRACED_PIXELS, _TRACED_PIXELS))
+    return [(conv, takers[0]) for conv, takers in seen.takers() if len(takers) == 1 and takers[0]]
 
 
-def _owner(program: ExportedProgram, parameter: Node) -> str:
-    """The name of the module that a parameter belongs to."""
-    name: str = program.graph_signature.inputs_to_parameters[parameter.name]
-    return name.rpartition(".")[0]
+class _Takers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation of a forward pass, and notes which ones take the output of a convolution."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (_ConvNd, _BatchNorm))]
+        # By the identity of tensors, which operations get as they are; what is noted is kept, so that none is used twice.
+        self._owners = {id(module.weight): (name, isinstance(module, _ConvNd)) for name, module in layers}
+        self._outputs: dict[int, tuple[str, Tensor, list[str]]] = {}
+
+    def takers(self) -> list[tuple[str, list[str]]]:
+        """For each convolution, the batch norms that took its output, "" for anything else that did."""
+        return [(conv, takers) for conv, _, takers in self._outputs.values()]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        output = func(*args, **(kwargs or {}))
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        owners = [self._owners[id(tensor)] for tensor in taken if id(tensor) in self._owners]
+        norms = [name for name, is_conv in owners if not is_conv]
+        for tensor in taken:
+            if id(tensor) in self._outputs:
+                self._outputs[id(tensor)][2].append(norms[0] if norms else "")
+        convs = [name for name, is_conv in owners if is_conv]
+        if convs and isinstance(output, Tensor):
+            self._outputs[id(output)] = (convs[0], output, [])
+        return output

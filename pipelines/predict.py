@@ -25,6 +25,7 @@ from preprocessing.views import FrameSampling
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from models.classifier import VideoClassifier
     from pipelines.evaluation.films import FilmClip
@@ -72,9 +73,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network with all that is needed to ask it about a video; `load_predictor` makes it."""
+    """A network with all that is needed to ask it about a video; `load_predictor` makes it.
+
+    Attributes:
+        model: as it was trained; films look into its slots.
+        asked: its form for inference, whose logits count.
+        device: where both are.
+        precision: in which they compute.
+        decoding: how the videos of its shards became frames.
+        sampling: which frames it sees.
+        pixels: the side of what it sees.
+        label_names: by class id.
+    """
 
     model: "VideoClassifier"
+    asked: "nn.Module"
     device: "torch.device"
     precision: "Precision"
     decoding: DecodeSettings
@@ -88,7 +101,7 @@ class Predictor:
         Raises:
             OSError: if the machine, not the video, is at fault.
         """
-        return self._ask(path, lambda clips: (self.model(clips), None))[0]
+        return self._ask(path, lambda clips: (self.asked(clips), None))[0]
 
     def watch(self, path: Path) -> "tuple[Prediction, FilmClip | None]":
         """`predict`, and the clip with the attention over it for a film (`save_film`); None for a broken video.
@@ -106,7 +119,7 @@ class Predictor:
                 "the network has no attention in any slot, so there is nothing that a film could show; expected an SA-GSM "
                 "network whose placement is not none; predict without --film, or take another --model"
             )
-        prediction, seen = self._ask(path, lambda clips: attention_maps(self.model, clips))
+        prediction, seen = self._ask(path, lambda clips: (self.asked(clips), attention_maps(self.model, clips)[1]))
         if seen is None:
             return prediction, None
         video, maps = seen
@@ -156,17 +169,19 @@ def load_predictor(folder: Path) -> Predictor:
     """
     import torch
 
-    from pipelines.training.precision import resolve_precision
+    from pipelines.training.precision import for_inference, resolve_precision
 
     inside = folder / "model"
     model, train, facts = load_model(inside if (inside / "model.json").is_file() else folder)
     if facts.get("decoding") is None:
         _log.warning("%s does not say how its videos were decoded; taken are the default settings of the shards", folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(train.precision, device)
     return Predictor(
         model=model.to(device),
+        asked=for_inference(model.to(device), precision),
         device=device,
-        precision=resolve_precision(train.precision, device),
+        precision=precision,
         decoding=DecodeSettings.model_validate(facts.get("decoding") or {}),
         sampling=FrameSampling(train.num_segments, train.sampling, train.stride),
         pixels=train.pixels,

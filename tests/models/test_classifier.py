@@ -151,9 +151,9 @@ def test_a_frozen_parameter_has_no_role():
 @pytest.mark.parametrize("name", ["gsm_resnet18", "trn_bn_inception", "c3d"])
 def test_what_the_classifier_is_given_decides_the_logits(name):
     """The mean over segments, the segments in order, and the features of a whole clip."""
-    model = create_model(name, num_classes=5, num_segments=4).eval()
+    model = create_model(name, num_classes=5, num_segments=4).double().eval()
     torch.nn.init.normal_(model.new_fc.weight)
-    clips = torch.randn(2, 4, 3, 112, 112)
+    clips = torch.randn(2, 4, 3, 112, 112, dtype=torch.float64)
     with torch.no_grad():
         vectors, logits = model.embed(clips), model(clips)
         if isinstance(model.consensus, MultiScaleRelation):

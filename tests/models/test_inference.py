@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import create_model
+from models import create_model, list_models
 from models.inference import fold_batch_norms
 
 
@@ -59,6 +59,22 @@ def test_logits_stay_and_norms_go(name, remaining):
     print(name, errors)
     assert errors["float32"] < 1e-5
     assert errors["float64"] < 1e-12
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_says_the_same_folded(name):
+    model = create_model(name, num_classes=3, num_segments=4).double().eval()
+    nn.init.normal_(model.new_fc.weight)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif buffer_name.endswith("running_var"):
+            buffer.uniform_(0.8, 1.2)
+    clips = torch.randn(1, 4, 3, 112, 112, dtype=torch.float64)
+    with torch.inference_mode():
+        logits, expected = fold_batch_norms(model)(clips), model(clips)
+    assert expected.std() > 0
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-10
 
 
 def test_a_filled_slot_keeps_the_norms_of_its_gate_and_the_one_behind_it():

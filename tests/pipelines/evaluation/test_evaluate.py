@@ -18,7 +18,9 @@ from preprocessing.loader import Batch
 
 
 class TinyClassifier(nn.Module):
-    """Mean colour to logits: the two methods of `VideoClassifier` that evaluation uses, with dropout that must be off."""
+    """Mean colour to logits: what evaluation uses of `VideoClassifier`, with dropout that must be off."""
+
+    num_segments = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,6 +93,17 @@ def test_scores_are_averaged_over_views(num_views: int) -> None:
     if num_views == 1:
         np.testing.assert_allclose(scores.logits, expected, rtol=1e-5, atol=1e-5)
     assert np.isfinite(scores.logits).all()
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_a_cpu_gets_few_clips_at_a_time_whatever_the_batch(num_views: int) -> None:
+    views = torch.zeros(7 * num_views, 2, 3, 8, 8, dtype=torch.uint8)
+    model = TinyClassifier()
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # the copy that is asked has it too
+    score_clips(model, [Batch(views, torch.zeros(7, dtype=torch.int64), list("abcdefg"), 7, num_views)], CPU)
+    assert sum(seen[1:]) == 7 * num_views  # the first is the pass in which batch norms are looked for
+    assert max(seen) <= 2
 
 
 def test_bf16_gives_float32_scores_that_are_close(clips: Tensor) -> None:

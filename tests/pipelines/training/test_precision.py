@@ -1,6 +1,8 @@
 import torch
+from torch import nn
 
-from pipelines.training.precision import autocast, make_scaler, resolve_precision
+from models import create_model
+from pipelines.training.precision import autocast, for_inference, make_scaler, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -18,3 +20,16 @@ def test_matrices_are_multiplied_in_that_type_and_only_fp16_scales():
         with autocast(precision, CPU):
             found[precision] = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype, make_scaler(precision, CPU).is_enabled()
     assert found == {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp16": (torch.float16, True)}
+
+
+def test_what_is_asked_is_folded_and_has_kernels_of_the_type_that_multiplies():
+    model = create_model("gsm_resnet18", num_classes=3, num_segments=2)
+    kernels = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        asked = for_inference(model, precision)
+        kernels[precision] = {module.weight.dtype for module in asked.modules() if isinstance(module, nn.Conv2d)}
+        num_norms = [sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) for network in (asked, model)]
+        assert num_norms[0] < num_norms[1]
+    assert kernels == {"fp32": {torch.float32}, "bf16": {torch.bfloat16}, "fp16": {torch.float32}}
+    assert model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
