@@ -177,9 +177,10 @@ def load_predictor(folder: Path) -> Predictor:
         _log.warning("%s does not say how its videos were decoded; taken are the default settings of the shards", folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(train.precision, device)
+    model.to(device)
     return Predictor(
-        model=model.to(device),
-        asked=for_inference(model.to(device), precision),
+        model=model,
+        asked=for_inference(model, precision),
         device=device,
         precision=precision,
         decoding=DecodeSettings.model_validate(facts.get("decoding") or {}),

@@ -68,9 +68,8 @@ def test_after_the_loss_of_everything_all_is_there_in_another_place(workdir, tmp
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     place = Folder(elsewhere / "copy" if kind == "folder" else f"{s3_url}/copy")
     before, new = contents(workdir), elsewhere / "new home"
-    for path in (workdir / "mlflow-artifacts").rglob(
-        "*"
-    ):  # a bucket's times are whole seconds: what is younger is copied again
+    # A bucket's times are whole seconds, and what was made within the second of its copy is copied again.
+    for path in (workdir / "mlflow-artifacts").rglob("*"):
         os.utime(path, (time.time() - 5,) * 2)
     order = [item.fingerprint for stage in ("train", "evaluate") for item in Store(workdir / "store").finished(stage)]
     first = back_up(workdir, place, quiet)
