@@ -16,8 +16,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_TRACED_PIXELS = 112
-
 
 def fold_batch_norms(model: nn.Module, *, kernel_dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of a network for inference, with fewer passes over its maps.
@@ -68,10 +66,11 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
     num_segments = getattr(model, "num_segments", None)
     if not isinstance(num_segments, int):
         raise ValueError(f"{type(model).__name__} does not say num_segments, so it is no network of create_model")
-    reference = next(model.parameters())
+    reference, pixels = next(model.parameters()), int(getattr(model, "min_pixels", 1))
+    clips = reference.new_zeros(1, num_segments, 3, pixels, pixels)
     with torch.no_grad(), _Takers(model) as seen:
-        model(reference.new_zeros(1, num_segments, 3, _TRACED_PIXELS, _TRACED_PIXELS))
-    return [(conv, takers[0]) for conv, takers in seen.takers() if len(takers) == 1 and takers[0]]
+        model(clips)
+    return [(conv, norm) for conv, norm in seen.only_takers().items() if norm]
 
 
 class _Takers(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -84,9 +83,13 @@ class _Takers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._owners = {id(module.weight): (name, isinstance(module, _ConvNd)) for name, module in layers}
         self._outputs: dict[int, tuple[str, Tensor, list[str]]] = {}
 
-    def takers(self) -> list[tuple[str, list[str]]]:
-        """For each convolution, the batch norms that took its output, "" for anything else that did."""
-        return [(conv, takers) for conv, _, takers in self._outputs.values()]
+    def only_takers(self) -> dict[str, str]:
+        """For each convolution, the batch norm that alone took its output each time that it was asked, "" if there is none."""
+        found: dict[str, str] = {}
+        for conv, _, takers in self._outputs.values():
+            norm = takers[0] if len(takers) == 1 else ""
+            found[conv] = norm if found.get(conv, norm) == norm else ""
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation."""

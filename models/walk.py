@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.backbones.slotted import Slotted
+from models.backbones.slotted import Slotted, first_map
 from models.classifier import VideoClassifier
 from models.placement import Placement
 from models.temporal.attention import SelfAttention
@@ -50,7 +50,7 @@ def each_placement(model: VideoClassifier, clips_BT3HW: Tensor) -> Iterator[tupl
     if not gates or not all(isinstance(gate, GateShift) for gate in gates):
         raise ValueError("the network has no gates in its slots; attention can stand in those of an SA-GSM network only")
     walk = _Walk(model, backbone, cast("list[GateShift]", gates))
-    yield from walk.below((), backbone.stem(model.frames(clips_BT3HW)))
+    yield from walk.below((), first_map(backbone, model.frames(clips_BT3HW)))
 
 
 class _Walk:

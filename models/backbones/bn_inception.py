@@ -97,11 +97,9 @@ class BNInception(nn.Module):
 
     def stem(self, x_NCHW: Tensor) -> Tensor:
         """See `Slotted`; the map is an eighth of the frame."""
-        x = self._unit("conv1_7x7_s2", x_NCHW)
-        x = functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+        x = self._pooled_unit("conv1_7x7_s2", x_NCHW)
         x = self._unit("conv2_3x3_reduce", x)
-        x = self._unit("conv2_3x3", x)
-        return functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+        return self._pooled_unit("conv2_3x3", x)
 
     def before(self, slot: str, x_NCHW: Tensor) -> tuple[Tensor, Rest]:
         """See `Slotted`; the rest are the other branches, in the order in which they are joined."""
@@ -161,6 +159,11 @@ class BNInception(nn.Module):
     def _unit(self, name: str, x: Tensor) -> Tensor:
         """Convolution, batch norm, ReLU."""
         return self._norm(name, self.get_submodule(name)(x))
+
+    def _pooled_unit(self, name: str, x: Tensor) -> Tensor:
+        """A unit and the max pooling behind it. The ReLU comes last, since it commutes and has a quarter of the map to do."""
+        x = self.get_submodule(f"{name}_bn")(self.get_submodule(name)(x))
+        return functional.relu(functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True), inplace=True)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """The unit without its convolution."""

@@ -1,6 +1,6 @@
 """How fast a split is judged: scores, intervals and ensembles of files, and evaluation against the published test's loop.
 
-    python tests/benchmarks/bench_evaluation.py [--videos 48] [--rounds 3] [--json]
+    python tests/benchmarks/bench_evaluation.py [--videos 96] [--rounds 3] [--json]
 
 ensemble    four files of 10,000 clips x 174 classes: read, averaged, all judged with intervals; the target is 10 s
 evaluation  SA-GSM on BN-Inception, 8 frames of 224 pixels, the centre crop: videos a second from shards, as `evaluate` does it,
@@ -49,7 +49,7 @@ TARGET_SECONDS, TARGET_RATIO = 10.0, 3.0
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=48)
+    parser.add_argument("--videos", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     options = parser.parse_args()
