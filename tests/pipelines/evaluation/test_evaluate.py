@@ -103,7 +103,7 @@ def test_a_cpu_gets_few_clips_at_a_time_whatever_the_batch(num_views: int) -> No
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # the copy that is asked has it too
     score_clips(model, [Batch(views, torch.zeros(7, dtype=torch.int64), list("abcdefg"), 7, num_views)], CPU)
     assert sum(seen[1:]) == 7 * num_views  # the first is the pass in which batch norms are looked for
-    assert max(seen) <= 2
+    assert max(seen) <= 4
 
 
 def test_bf16_gives_float32_scores_that_are_close(clips: Tensor) -> None:
