@@ -227,13 +227,10 @@ class _OneByOne(torch.autograd.Function):
         """The sums [G, A, M, E]."""
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        dtype = torch.promote_types(query.dtype, torch.float32)
         found = torch.empty_like(value)
-        with torch.autocast(query.device.type, enabled=False):
-            scaled, keys = scale * query.to(dtype), key.to(dtype).transpose(-2, -1)
-            for group in range(len(query)):
-                beta = (scaled[group] @ keys[group]).softmax(dim=-1).to(value.dtype)
-                torch.matmul(beta, value[group], out=found[group])
+        for group in range(len(query)):
+            beta = _beta(query[group], key[group], scale).to(value.dtype)
+            torch.matmul(beta, value[group], out=found[group])
         return found
 
     @staticmethod
